@@ -1,0 +1,183 @@
+"""The shape of a profile. Frozen; an unknown key, a wrong type or an impossible value is an error naming the place.
+
+Only the shape lives here: reading files, environment and flags is `configs.load`, checks across sections are
+`configs.check`. Defaults are those of a single machine without a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+Name: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+ModelId: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
+Positive: TypeAlias = Annotated[int, Meta(ge=1)]
+NotNegative: TypeAlias = Annotated[int, Meta(ge=0)]
+PositiveF: TypeAlias = Annotated[float, Meta(gt=0)]
+NotNegativeF: TypeAlias = Annotated[float, Meta(ge=0)]
+Port: TypeAlias = Annotated[int, Meta(ge=1, le=65535)]
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A mapping in the profile."""
+
+
+class ModelConfig(Section):
+    """A model that clients can name.
+
+    `source`: a catalogue name (`warmgate models list`), a local folder, a hub id, or `sim:bytes` (a byte-level
+    tokenizer and no weights, for the sim engine).
+    """
+
+    id: ModelId
+    source: str
+    aliases: tuple[ModelId, ...] = ()
+    default_max_tokens: Positive = 4096
+    route_block_tokens: Positive = 64
+
+
+class SimConfig(Section):
+    """The sim engine's clockwork: seconds a step takes, and what it pretends to hold."""
+
+    prefill_tokens_per_s: PositiveF = 8000.0
+    step_base_s: NotNegativeF = 0.006
+    step_per_sequence_s: NotNegativeF = 0.00035
+    num_blocks: Positive = 4096
+    max_adapters: NotNegative = 0
+    adapter_load_s: NotNegativeF = 0.5
+    max_model_len: Positive = 8192
+
+
+class EngineConfig(Section):
+    """How a replica generates. `native` is the in-house engine; `sim` pretends, with the real scheduler and pool."""
+
+    kind: Literal["native", "sim"] = "native"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    threads: Positive = 1
+    block_size: Positive = 16
+    kv_cache_gib: PositiveF = 1.0
+    max_model_len: Positive | None = None
+    max_num_seqs: Positive = 32
+    max_num_batched_tokens: Positive = 512
+    max_waiting: Positive = 1024
+    prefix_caching: bool = True
+    order: Literal["fcfs", "priority", "deadline"] = "fcfs"
+    self_check: bool = True
+    sim: SimConfig = SimConfig()
+
+
+class ResourcesConfig(Section):
+    num_cpus: NotNegativeF = 1.0
+    num_gpus: NotNegativeF = 0.0
+
+
+class GroupConfig(Section):
+    """Replicas that are the same: one model, one engine, one scale."""
+
+    name: Name
+    model: ModelId
+    replicas: Positive = 1
+    engine: EngineConfig = EngineConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+
+
+class RoutingConfig(Section):
+    """`least_wait`: least expected seconds to the first token, with prefix hits from a mirrored index."""
+
+    policy: Literal["least_wait", "round_robin", "random"] = "least_wait"
+    max_index_blocks: Positive = 1_000_000
+    max_attempts: Positive = 3
+
+
+class AdmissionConfig(Section):
+    """Bounds of the fair queue at each ingress; beyond them requests get 429 with Retry-After."""
+
+    max_queued: Positive = 1024
+    max_queued_tokens: Positive = 4_000_000
+    max_queued_bytes: Positive = 256 * 1024 * 1024
+    max_wait_s: PositiveF = 120.0
+    max_body_bytes: Positive = 8 * 1024 * 1024
+    max_ahead_per_replica: Positive = 8
+
+
+class TenantConfig(Section):
+    """Who may ask. `key_sha256` are hex digests of API keys; `keys` are the keys themselves (development only).
+
+    `anonymous: true` makes this the tenant of requests without a key; when no tenant has a key, also of requests with
+    any key (OpenAI clients insist on sending one).
+    """
+
+    id: Name
+    keys: tuple[str, ...] = ()
+    key_sha256: tuple[Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")], ...] = ()
+    anonymous: bool = False
+    weight: PositiveF = 1.0
+    max_priority: Annotated[int, Meta(ge=-100, le=100)] = 0
+    requests_per_minute: Positive | None = None
+    tokens_per_minute: Positive | None = None
+    models: tuple[ModelId, ...] = ()
+    max_concurrent: Positive | None = None
+
+
+class RedisConfig(Section):
+    """`embedded` starts a private Valkey on a Unix socket; otherwise redis://, rediss:// or unix://."""
+
+    url: str = "embedded"
+    timeout_s: PositiveF = 0.25
+
+
+class HttpConfig(Section):
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    ingress_replicas: Positive = 1
+    max_ongoing_requests: Positive = 4096
+    keep_alive_s: PositiveF = 75.0
+    docs: bool = True
+
+
+class RayConfig(Section):
+    """`address: local` starts a private Ray for this instance; else `auto` or the address of a running cluster.
+
+    `haproxy`: `auto` = on Linux where the wheel is installed. `object_store_mib` small: tokens do not travel there.
+    """
+
+    address: str = "local"
+    haproxy: Literal["auto", "on", "off"] = "auto"
+    object_store_mib: Positive = 100
+    drain_s: PositiveF = 20.0
+
+
+class ChannelConfig(Section):
+    """`secret_env` names the variable holding the cluster secret; without it `warmgate serve` draws one a start."""
+
+    secret_env: str = "WARMGATE_CLUSTER_SECRET"
+    heartbeat_s: PositiveF = 0.5
+    dead_after_s: PositiveF = 1.5
+
+
+class TelemetryConfig(Section):
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    usage_log: str | None = None
+
+
+class Config(Section):
+    """A whole profile. `cluster` prefixes every Redis key and names the instance's run folder."""
+
+    models: Annotated[tuple[ModelConfig, ...], Meta(min_length=1)]
+    groups: Annotated[tuple[GroupConfig, ...], Meta(min_length=1)]
+    tenants: Annotated[tuple[TenantConfig, ...], Meta(min_length=1)]
+    cluster: Name = "warmgate"
+    routing: RoutingConfig = RoutingConfig()
+    admission: AdmissionConfig = AdmissionConfig()
+    redis: RedisConfig = RedisConfig()
+    http: HttpConfig = HttpConfig()
+    ray: RayConfig = RayConfig()
+    channel: ChannelConfig = ChannelConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+
+    def model_named(self, name: str) -> ModelConfig | None:
+        """The model whose id or alias is `name`."""
+        return next((m for m in self.models if name == m.id or name in m.aliases), None)

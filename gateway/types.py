@@ -1,0 +1,69 @@
+"""What travels inside the gateway, between its rooms: the tenant, one job for the dispatcher, the dispatcher itself."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from configs.schema import ModelConfig
+from replicas.contract import EngineFacts, SamplingParams, StepDelta
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """Who asks. `salt` separates prefix caches: HMAC(cluster secret, tenant id)."""
+
+    tenant_id: str
+    salt: bytes
+    weight: float = 1.0
+    max_priority: int = 0
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    max_concurrent: int | None = None
+    models: frozenset[str] = frozenset()
+
+    def allows(self, model_id: str) -> bool:
+        """Whether this tenant may use the model; an empty set means every model."""
+        return not self.models or model_id in self.models
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One sequence to generate, fully validated: what admission queues, routing places, a replica runs.
+
+    `priority`: lower is sooner. `deadline`: event-loop time by which the first token must have come. `salt`: the
+    tenant's, narrowed by the client's `cache_salt`. `num_bytes`: what it holds in memory while queued.
+    """
+
+    request_id: str
+    model: ModelConfig
+    tenant: Tenant
+    prompt: bytes
+    sampling: SamplingParams
+    salt: bytes
+    adapter: str | None = None
+    priority: int = 0
+    deadline: float | None = None
+    num_bytes: int = 0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt) // 4
+
+
+class Dispatcher(Protocol):
+    """Queue, route, send, retry. Implemented by `gateway.dispatch`."""
+
+    def generate(self, job: Job) -> AsyncIterator[StepDelta]:
+        """Deltas of one job, the terminal one last. Raises ApiError: before the first delta nothing was delivered
+        and no replica still works on it; after it the answer broke off. Closing the iterator cancels the job."""
+        ...
+
+    def facts(self, model_id: str) -> EngineFacts | None:
+        """What the replicas of a model can do (the least able of them); None while none has ever been seen."""
+        ...
+
+    def num_ready(self, model_id: str) -> int:
+        """Replicas of a model that can take requests now."""
+        ...

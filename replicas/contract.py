@@ -1,0 +1,278 @@
+"""The contract between the gateway and any engine.
+
+An engine turns token ids into token ids. Everything that crosses the channel is a `msgspec.Struct` of this module;
+token ids travel packed (uint32, little endian) from the tokeniser to the engine and are never lists on the way.
+
+    start(sink) ─► submit(GenerateRequest) … ─► sink([StepDelta, …]) once per engine step ─► exactly one terminal delta
+
+The sink, rather than one iterator per request, is what lets all deltas of a step leave in one frame
+(docs/decisions/0002-step-sink.md); `replicas.local.stream` gives the iterator where one is handier.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol, TypeAlias
+
+import msgspec
+
+FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
+"""stop: EOS, stop string or stop token. length: max_tokens or the context's end. abort: cancelled. error: see `error`."""
+
+
+def pack_tokens(token_ids: Sequence[int]) -> bytes:
+    """Packs token ids as uint32 little endian; raises OverflowError for an id outside 0..2^32-1."""
+    return array("I", token_ids).tobytes()
+
+
+def unpack_tokens(packed: bytes) -> array[int]:
+    """The inverse of `pack_tokens`."""
+    tokens = array("I")
+    tokens.frombytes(packed)
+    return tokens
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to pick tokens. OpenAI's and vLLM's names and meanings; every bound was checked at the gateway.
+
+    `temperature` 0 is greedy. `seed` is always set (the gateway draws one): noise is keyed (seed, output position),
+    so a resumed request draws what it would have drawn. `logprobs` = how many alternatives besides the sampled token
+    (0 = the sampled one alone, None = no logprobs). `prompt_logprobs` likewise for prompt tokens (echo scoring).
+    `max_tokens` counts produced tokens, those of `GenerateRequest.produced` included.
+    """
+
+    max_tokens: int
+    seed: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One sequence to generate (n > 1 is n requests).
+
+    `request_id` is unique per replica connection together with `attempt`: a retry elsewhere is a new attempt, and
+    frames of an older one are dropped. `prompt` and `produced` are packed ids; `produced` holds tokens an earlier
+    attempt already delivered (primes penalties, min_tokens, stops; is never delivered again).
+    `fair_tag` is the tenant's virtual start time, `priority` a band (lower is sooner), `deadline_s` the seconds left
+    when sent. `salt` separates prefix caches; `adapter` is `name@version`.
+    """
+
+    request_id: str
+    prompt: bytes
+    sampling: SamplingParams
+    attempt: int = 1
+    produced: bytes = b""
+    adapter: str | None = None
+    tenant: str = ""
+    fair_tag: float = 0.0
+    priority: int = 0
+    deadline_s: float | None = None
+    salt: bytes = b""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt) // 4
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position: natural log, of the model's raw distribution (before penalties and
+    temperature, as vLLM and OpenAI report). `top` is sorted, most likely first: (token id, logprob)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Fault(msgspec.Struct, frozen=True, array_like=True):
+    """Why a request ended in error: a stable `code` (see `FAULT_CODES`), words for the user, and whether another
+    replica may try it."""
+
+    code: str
+    message: str
+    retryable: bool = False
+    param: str | None = None
+
+
+FAULT_CODES = frozenset(
+    {
+        "context_length_exceeded",  # prompt (plus produced) can never fit this engine
+        "unsupported_parameter",  # a capability `EngineFacts` says is missing
+        "adapter_not_found",
+        "overloaded",  # the engine's own waiting queue is full
+        "draining",
+        "deadline_exceeded",
+        "engine_dead",
+        "internal",
+    }
+)
+
+
+class StepDelta(msgspec.Struct, array_like=True, omit_defaults=True):
+    """What one step produced for one request. `text` may lag behind `token_ids` (half characters, possible stops).
+
+    The first delta of a request carries `num_cached_tokens` (prompt tokens served from the prefix cache) and, when
+    asked for, `prompt_logprobs` (None for position 0). A delta with `finish_reason` is the last one.
+    """
+
+    request_id: str
+    attempt: int = 1
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    num_cached_tokens: int | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    fault: Fault | None = None
+
+
+class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine found about itself at start: limits and abilities. Returned, never written back to a config."""
+
+    engine: str
+    model: str
+    vocab_size: int
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    eos_token_ids: tuple[int, ...] = ()
+    dtype: str = ""
+    device: str = ""
+    kv_bytes: int = 0
+    prefill_order: str = "fcfs"
+    max_logprobs: int = 20
+    max_adapters: int = 0
+    exact_resume: bool = False
+    structured: bool = False
+    prompt_logprobs: bool = False
+    events: bool = False
+    self_check: str = "skipped"
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.num_blocks * self.block_size
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A replica's load now; pushed with each step frame. Rates are learnt (exponential means), 0 = not known yet.
+
+    `num_waiting_tokens`: prompt tokens not yet computed, of waiting and partly prefilled requests.
+    `step_time_s`: mean wall time of a step that had only decodes. `num_steps` grows while there is progress.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_waiting_tokens: int = 0
+    num_free_blocks: int = 0
+    num_blocks: int = 0
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_output_tokens: int = 0
+    prefill_tokens_per_s: float = 0.0
+    step_time_s: float = 0.0
+    adapters: tuple[str, ...] = ()
+    draining: bool = False
+
+
+class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A LoRA adapter: `adapter_id` is `name@version`, `rank` its low-rank dimension, `num_bytes` its size on disk."""
+
+    adapter_id: str
+    path: str = ""
+    rank: int = 8
+    num_bytes: int = 0
+
+
+class BlocksStored(msgspec.Struct, frozen=True, tag="stored", array_like=True):
+    """Full KV blocks that entered the prefix cache, in prefix order. Ids are the engine's own (opaque, never reused
+    within an `epoch`); `parent_id` is the block before the first one, None at a root."""
+
+    seq: int
+    block_ids: tuple[int, ...]
+    parent_id: int | None
+    token_ids: bytes
+    namespace: str
+
+
+class BlocksEvicted(msgspec.Struct, frozen=True, tag="evicted", array_like=True):
+    seq: int
+    block_ids: tuple[int, ...]
+
+
+class CacheCleared(msgspec.Struct, frozen=True, tag="cleared", array_like=True):
+    seq: int
+
+
+KvEvent: TypeAlias = BlocksStored | BlocksEvicted | CacheCleared
+
+StepSink: TypeAlias = Callable[[Sequence[StepDelta]], None]
+"""Called once per engine step, on the event loop's thread, with every delta of that step."""
+
+
+class EngineError(Exception):
+    """Root of what engines raise."""
+
+
+class RefusedError(EngineError):
+    """`submit` will never run this request here; nothing was started."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault.message)
+        self.fault = fault
+
+
+class EngineDeadError(EngineError):
+    """The engine stopped; every open request has had a terminal delta with code `engine_dead`."""
+
+
+class Engine(Protocol):
+    """Anything that generates. All methods are called on one event loop; none blocks it."""
+
+    async def start(self, sink: StepSink) -> EngineFacts:
+        """Loads, self-checks, starts stepping; deltas go to `sink`. Raises EngineError when it must not serve."""
+        ...
+
+    def submit(self, request: GenerateRequest) -> None:
+        """Accepts a request: exactly one terminal delta will follow. Raises RefusedError, then none follows."""
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request with finish_reason `abort` and frees its blocks within two steps. No-op when finished."""
+        ...
+
+    async def load_adapter(self, adapter: AdapterSpec) -> None: ...
+
+    async def unload_adapter(self, adapter_id: str) -> None: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def kv_events(self) -> list[KvEvent]:
+        """Events since the last call, in order; empty for engines without `EngineFacts.events`."""
+        ...
+
+    async def drain(self) -> None:
+        """Refuses new requests (`draining`) and returns when the running ones have ended."""
+        ...
+
+    async def close(self) -> None:
+        """Stops at once; open requests end with `engine_dead`. Idempotent."""
+        ...

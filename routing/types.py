@@ -1,0 +1,77 @@
+"""What routing knows: snapshots, never engines. All times in seconds, all sizes in tokens unless the name says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class RouteRequest:
+    """One request as routing sees it. `block_hashes`: chained prefix hashes, one per full routing block."""
+
+    request_id: str
+    model: str
+    adapter: str | None
+    block_hashes: tuple[int, ...]
+    block_tokens: int
+    num_prompt_tokens: int
+    max_new_tokens: int
+    tenant: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaState:
+    """A replica at one moment, as this ingress believes it: the last pushed state plus what was sent since.
+
+    `num_sent` / `num_sent_tokens`: requests and uncached prompt tokens this ingress sent that the pushed state
+    cannot contain yet.
+    """
+
+    replica_id: str
+    model: str
+    max_model_len: int
+    max_num_seqs: int
+    num_running: int = 0
+    num_waiting: int = 0
+    num_waiting_tokens: int = 0
+    num_free_blocks: int = 0
+    num_blocks: int = 0
+    block_size: int = 16
+    prefill_tokens_per_s: float = 0.0
+    step_time_s: float = 0.0
+    adapters: tuple[str, ...] = ()
+    max_adapters: int = 0
+    num_sent: int = 0
+    num_sent_tokens: int = 0
+    draining: bool = False
+    breaker_open: bool = False
+    prefill_order: str = "fcfs"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One replica weighed: seconds by term, or why it was filtered out."""
+
+    replica_id: str
+    matched_tokens: int = 0
+    terms_s: dict[str, float] = field(default_factory=dict)
+    filtered: str | None = None
+
+    @property
+    def cost_s(self) -> float:
+        return sum(self.terms_s.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Which replica, and why; `replica_id` is None when every candidate was filtered out."""
+
+    request_id: str
+    policy: str
+    replica_id: str | None
+    candidates: tuple[Candidate, ...]
+    reason: str = ""
+
+    @property
+    def winner(self) -> Candidate | None:
+        return next((c for c in self.candidates if c.replica_id == self.replica_id), None)
