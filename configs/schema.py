@@ -24,7 +24,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """A mapping in the profile."""
 
 
-class ModelConfig(Section):
+class ModelConfig(Section, frozen=True):
     """A model that clients can name.
 
     `source`: a catalogue name (`warmgate models list`), a local folder, a hub id, or `sim:bytes` (a byte-level
@@ -38,8 +38,12 @@ class ModelConfig(Section):
     route_block_tokens: Positive = 64
 
 
-class SimConfig(Section):
-    """The sim engine's clockwork: seconds a step takes, and what it pretends to hold."""
+class SimConfig(Section, frozen=True):
+    """The sim engine's clockwork: seconds a step takes, and what it pretends to hold.
+
+    `adapter_load_s` is for rank 8 and grows with the rank. Answers end at `max_tokens`, or, with
+    `mean_output_tokens`, with end of sequence after that many tokens on average.
+    """
 
     prefill_tokens_per_s: PositiveF = 8000.0
     step_base_s: NotNegativeF = 0.006
@@ -48,9 +52,10 @@ class SimConfig(Section):
     max_adapters: NotNegative = 0
     adapter_load_s: NotNegativeF = 0.5
     max_model_len: Positive = 8192
+    mean_output_tokens: Positive | None = None
 
 
-class EngineConfig(Section):
+class EngineConfig(Section, frozen=True):
     """How a replica generates. `native` is the in-house engine; `sim` pretends, with the real scheduler and pool."""
 
     kind: Literal["native", "sim"] = "native"
@@ -69,12 +74,12 @@ class EngineConfig(Section):
     sim: SimConfig = SimConfig()
 
 
-class ResourcesConfig(Section):
+class ResourcesConfig(Section, frozen=True):
     num_cpus: NotNegativeF = 1.0
     num_gpus: NotNegativeF = 0.0
 
 
-class GroupConfig(Section):
+class GroupConfig(Section, frozen=True):
     """Replicas that are the same: one model, one engine, one scale."""
 
     name: Name
@@ -84,7 +89,7 @@ class GroupConfig(Section):
     resources: ResourcesConfig = ResourcesConfig()
 
 
-class RoutingConfig(Section):
+class RoutingConfig(Section, frozen=True):
     """`least_wait`: least expected seconds to the first token, with prefix hits from a mirrored index."""
 
     policy: Literal["least_wait", "round_robin", "random"] = "least_wait"
@@ -92,7 +97,7 @@ class RoutingConfig(Section):
     max_attempts: Positive = 3
 
 
-class AdmissionConfig(Section):
+class AdmissionConfig(Section, frozen=True):
     """Bounds of the fair queue at each ingress; beyond them requests get 429 with Retry-After."""
 
     max_queued: Positive = 1024
@@ -103,7 +108,7 @@ class AdmissionConfig(Section):
     max_ahead_per_replica: Positive = 8
 
 
-class TenantConfig(Section):
+class TenantConfig(Section, frozen=True):
     """Who may ask. `key_sha256` are hex digests of API keys; `keys` are the keys themselves (development only).
 
     `anonymous: true` makes this the tenant of requests without a key; when no tenant has a key, also of requests with
@@ -122,14 +127,14 @@ class TenantConfig(Section):
     max_concurrent: Positive | None = None
 
 
-class RedisConfig(Section):
+class RedisConfig(Section, frozen=True):
     """`embedded` starts a private Valkey on a Unix socket; otherwise redis://, rediss:// or unix://."""
 
     url: str = "embedded"
     timeout_s: PositiveF = 0.25
 
 
-class HttpConfig(Section):
+class HttpConfig(Section, frozen=True):
     host: str = "127.0.0.1"
     port: Port = 8000
     ingress_replicas: Positive = 1
@@ -138,7 +143,7 @@ class HttpConfig(Section):
     docs: bool = True
 
 
-class RayConfig(Section):
+class RayConfig(Section, frozen=True):
     """`address: local` starts a private Ray for this instance; else `auto` or the address of a running cluster.
 
     `haproxy`: `auto` = on Linux where the wheel is installed. `object_store_mib` small: tokens do not travel there.
@@ -150,7 +155,7 @@ class RayConfig(Section):
     drain_s: PositiveF = 20.0
 
 
-class ChannelConfig(Section):
+class ChannelConfig(Section, frozen=True):
     """`secret_env` names the variable holding the cluster secret; without it `warmgate serve` draws one a start."""
 
     secret_env: str = "WARMGATE_CLUSTER_SECRET"
@@ -158,12 +163,12 @@ class ChannelConfig(Section):
     dead_after_s: PositiveF = 1.5
 
 
-class TelemetryConfig(Section):
+class TelemetryConfig(Section, frozen=True):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     usage_log: str | None = None
 
 
-class Config(Section):
+class Config(Section, frozen=True):
     """A whole profile. `cluster` prefixes every Redis key and names the instance's run folder."""
 
     models: Annotated[tuple[ModelConfig, ...], Meta(min_length=1)]

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from random import Random, SystemRandom
+from time import monotonic, time
+from typing import TYPE_CHECKING, Protocol
 
-from configs.schema import ModelConfig
+from configs.schema import Config, ModelConfig
 from replicas.contract import EngineFacts, SamplingParams, StepDelta
+
+if TYPE_CHECKING:
+    from gateway.ledger import Ledger
+    from gateway.prompt import Prompter
+    from gateway.tenancy import Tenants
+    from ops.metrics import Metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +75,24 @@ class Dispatcher(Protocol):
     def num_ready(self, model_id: str) -> int:
         """Replicas of a model that can take requests now."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """What the HTTP face is made of. Built once by the composition root, passed to `gateway.app.build_app`.
+
+    `prompters` by model id. `clock` is monotonic seconds (durations, quotas), `wall` the time of day. `random` draws
+    seeds and request ids; `ingress_id` is the prefix of every request id, so that an id names its ingress.
+    """
+
+    config: Config
+    dispatcher: Dispatcher
+    prompters: Mapping[str, Prompter]
+    tenants: Tenants
+    ledger: Ledger
+    metrics: Metrics
+    ingress_id: str = "wg"
+    clock: Callable[[], float] = monotonic
+    wall: Callable[[], float] = time
+    random: Random = field(default_factory=SystemRandom)
+    started_at: float = field(default_factory=time)

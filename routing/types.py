@@ -1,13 +1,20 @@
-"""What routing knows: snapshots, never engines. All times in seconds, all sizes in tokens unless the name says so."""
+"""What routing knows: snapshots, never engines. All times in seconds, all sizes in tokens unless the name says so.
+
+Structs rather than dataclasses: a decision over 64 replicas makes over a hundred, at a sixth of the cost.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+
+import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class RouteRequest:
-    """One request as routing sees it. `block_hashes`: chained prefix hashes, one per full routing block."""
+class RouteRequest(msgspec.Struct, frozen=True):
+    """One request as routing sees it. `block_hashes`: chained prefix hashes, one per full routing block.
+
+    `excluded`: replicas that already failed this request.
+    """
 
     request_id: str
     model: str
@@ -17,14 +24,14 @@ class RouteRequest:
     num_prompt_tokens: int
     max_new_tokens: int
     tenant: str = ""
+    excluded: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class ReplicaState:
+class ReplicaState(msgspec.Struct, frozen=True):
     """A replica at one moment, as this ingress believes it: the last pushed state plus what was sent since.
 
     `num_sent` / `num_sent_tokens`: requests and uncached prompt tokens this ingress sent that the pushed state
-    cannot contain yet.
+    cannot contain yet. `full`: it has as many requests as it should; to be chosen only when all are full.
     """
 
     replica_id: str
@@ -46,15 +53,30 @@ class ReplicaState:
     draining: bool = False
     breaker_open: bool = False
     prefill_order: str = "fcfs"
+    max_num_batched_tokens: int = 512
+    full: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Snapshot(msgspec.Struct, frozen=True):
+    """All a policy may know besides the request: every replica of its model, and what the index says of the prompt.
+
+    `matched_blocks`: leading routing blocks of the prompt a replica probably holds, by replica id (absent = none).
+    `turn` counts the decisions before this one, `draw` is uniform in [0, 1): a policy has no state and no randomness
+    of its own.
+    """
+
+    replicas: tuple[ReplicaState, ...]
+    matched_blocks: Mapping[str, int] = {}
+    turn: int = 0
+    draw: float = 0.0
+
+
+class Candidate(msgspec.Struct, frozen=True):
     """One replica weighed: seconds by term, or why it was filtered out."""
 
     replica_id: str
     matched_tokens: int = 0
-    terms_s: dict[str, float] = field(default_factory=dict)
+    terms_s: dict[str, float] = {}
     filtered: str | None = None
 
     @property
@@ -62,8 +84,7 @@ class Candidate:
         return sum(self.terms_s.values())
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True):
     """Which replica, and why; `replica_id` is None when every candidate was filtered out."""
 
     request_id: str

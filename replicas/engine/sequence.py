@@ -21,7 +21,10 @@ class Sequence:
     """One running or waiting request. `block_ids[i]` holds the KV of tokens `[i * block_size, (i + 1) * block_size)`.
 
     `num_prior` = prompt + tokens an earlier attempt produced. `num_cached` = prompt tokens found in the prefix cache
-    when first scheduled. `arrival` is the engine's clock at submit, seconds.
+    when first scheduled. `arrival` is the engine's clock at submit, seconds. The block table may change anywhere
+    between steps (an equal cached block replaces a duplicate), so a runner reads it anew each step.
+    The last three fields are the scheduler's: place in the order, blocks already offered to the prefix cache, prompt
+    logprobs collected over chunks.
     """
 
     request: GenerateRequest
@@ -33,6 +36,9 @@ class Sequence:
     num_cached: int | None = None
     block_ids: list[int] = field(default_factory=list)
     num_preemptions: int = 0
+    order_key: tuple[float, float, int] = (0.0, 0.0, 0)
+    num_registered: int = 0
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
     @classmethod
     def from_request(cls, request: GenerateRequest, arrival: float) -> Sequence:

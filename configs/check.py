@@ -1,0 +1,149 @@
+"""What the schema cannot say about one value alone: checks across sections."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from configs.catalogue import SIM_BYTES
+from configs.errors import ConfigError, KeyPath, show_key
+from configs.schema import Config
+from configs.tokenizer import find_model
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "0.0.0.0", "::")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that must be changed in the profile, and the key to change."""
+
+    key: KeyPath
+    reason: str
+
+
+def problems(config: Config) -> list[Problem]:
+    """Everything wrong in a configuration whose single values are all valid. Pure: no file, no network."""
+    return [
+        *_models(config),
+        *_groups(config),
+        *_unserved(config),
+        *_tenants(config),
+        *_ports(config),
+        *_addresses(config),
+        *_times(config),
+    ]
+
+
+def missing_models(config: Config, home: Path) -> list[Problem]:
+    """Models whose files are not on this machine; each reason names the command that gets them."""
+    found = []
+    for i, model in enumerate(config.models):
+        if model.source == SIM_BYTES:
+            continue
+        try:
+            find_model(model.source, home)
+        except ConfigError as error:
+            found.append(Problem(("models", i, "source"), error.reason))
+    return found
+
+
+def _repeated(named: Iterable[tuple[KeyPath, str]], what: str) -> Iterator[Problem]:
+    first: dict[str, KeyPath] = {}
+    for key, name in named:
+        if name in first:
+            yield Problem(key, f"duplicate {what} {name!r}, first given at {show_key(first[name])}")
+        else:
+            first[name] = key
+
+
+def _models(config: Config) -> Iterator[Problem]:
+    names: list[tuple[KeyPath, str]] = []
+    for i, model in enumerate(config.models):
+        names.append((("models", i, "id"), model.id))
+        names += [(("models", i, "aliases", j), alias) for j, alias in enumerate(model.aliases)]
+    yield from _repeated(names, "model name")
+
+
+def _unserved(config: Config) -> Iterator[Problem]:
+    served = {group.model for group in config.groups}
+    for i, model in enumerate(config.models):
+        if model.id not in served:
+            yield Problem(("models", i, "id"), f"no group serves model {model.id!r}")
+
+
+def _groups(config: Config) -> Iterator[Problem]:
+    yield from _repeated(((("groups", i, "name"), g.name) for i, g in enumerate(config.groups)), "group name")
+    models = {model.id: model for model in config.models}
+    for i, group in enumerate(config.groups):
+        model, engine = models.get(group.model), group.engine
+        if model is None:
+            known = ", ".join(models)
+            yield Problem(("groups", i, "model"), f"no model {group.model!r} in this profile; there is: {known}")
+            continue
+        if engine.kind == "native" and model.source == SIM_BYTES:
+            yield Problem(("groups", i, "engine"), f"{SIM_BYTES} has no weights: needs engine.kind sim, not native")
+        if engine.max_num_batched_tokens < engine.max_num_seqs:
+            reason = f"must be at least max_num_seqs ({engine.max_num_seqs}), got {engine.max_num_batched_tokens}"
+            yield Problem(("groups", i, "engine", "max_num_batched_tokens"), reason)
+        if model.route_block_tokens % engine.block_size:
+            reason = f"must divide the model's route_block_tokens ({model.route_block_tokens}), got {engine.block_size}"
+            yield Problem(("groups", i, "engine", "block_size"), reason)
+
+
+def _tenants(config: Config) -> Iterator[Problem]:
+    yield from _repeated(((("tenants", i, "id"), t.id) for i, t in enumerate(config.tenants)), "tenant id")
+    digests: list[tuple[KeyPath, str]] = []
+    anonymous: list[tuple[KeyPath, str]] = []
+    names = {name for model in config.models for name in (model.id, *model.aliases)}
+    for i, tenant in enumerate(config.tenants):
+        for j, key in enumerate(tenant.keys):
+            digests.append((("tenants", i, "keys", j), hashlib.sha256(key.encode()).hexdigest()))
+        digests += [(("tenants", i, "key_sha256", j), digest) for j, digest in enumerate(tenant.key_sha256)]
+        if tenant.anonymous:
+            anonymous.append((("tenants", i, "anonymous"), "anonymous"))
+        elif not tenant.keys and not tenant.key_sha256:
+            yield Problem(("tenants", i), f"tenant {tenant.id!r} has no key and is not anonymous: nobody could use it")
+        for j, name in enumerate(tenant.models):
+            if name not in names:
+                yield Problem(("tenants", i, "models", j), f"no model {name!r} in this profile")
+    seen: dict[str, KeyPath] = {}
+    for where, digest in digests:  # not through _repeated: a key must not be printed
+        if digest in seen:
+            yield Problem(where, f"the same key as {show_key(seen[digest])}")
+        seen.setdefault(digest, where)
+    for where, _ in anonymous[1:]:
+        yield Problem(where, f"only one tenant can be anonymous, and {show_key(anonymous[0][0])} is")
+
+
+def _ports(config: Config) -> Iterator[Problem]:
+    ports: list[tuple[KeyPath, str]] = [(("http", "port"), str(config.http.port))]
+    url = urlsplit(config.redis.url)
+    if url.hostname in LOOPBACK and url.scheme in ("redis", "rediss"):
+        ports.append((("redis", "url"), str(_port_of(config.redis.url) or 6379)))
+    yield from _repeated(ports, "port")
+
+
+def _addresses(config: Config) -> Iterator[Problem]:
+    url = config.redis.url
+    if url != "embedded" and urlsplit(url).scheme not in ("redis", "rediss", "unix"):
+        yield Problem(("redis", "url"), f"expected embedded, redis://…, rediss://… or unix://…, got {url!r}")
+    elif _port_of(url) == 0:
+        yield Problem(("redis", "url"), f"the port must be 1 to 65535, got {url!r}")
+
+
+def _port_of(url: str) -> int | None:
+    """The port in a URL; 0 when it is not a port."""
+    try:
+        return urlsplit(url).port
+    except ValueError:
+        return 0
+
+
+def _times(config: Config) -> Iterator[Problem]:
+    channel = config.channel
+    if channel.dead_after_s < 2 * channel.heartbeat_s:
+        reason = f"must be at least twice heartbeat_s ({channel.heartbeat_s}), got {channel.dead_after_s}"
+        yield Problem(("channel", "dead_after_s"), reason)

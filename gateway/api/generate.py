@@ -1,0 +1,219 @@
+"""What chat and completions do alike: tenant, body, prompt, jobs, answer, books.
+
+    authenticate ─► quota ─► decode ─► prepare (route) ─► jobs ─► stream | collect ─► one usage record
+
+A request becomes several jobs for n > 1, best_of and lists of prompts. Until the first delta every error is a status;
+then it is the stream's last event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from hashlib import sha256
+from typing import Any, Generic, Protocol, TypeVar
+
+from configs.schema import ModelConfig
+from gateway import sse
+from gateway.api.answer import Call, Choice, Identity, Meter
+from gateway.api.chunks import Chunks
+from gateway.api.exchange import ClientGoneError, Exchange, as_api_error
+from gateway.api.fields import Body, ignored_header
+from gateway.api.flow import Flow, open_flow
+from gateway.api.sampling import Limits, SamplingFields, choice_seed, sampling_params
+from gateway.errors import BadRequestError, RateLimitError, UnavailableError
+from gateway.prompt import Prompter
+from gateway.tenancy import check_model, narrowed_salt
+from gateway.types import Gateway, Job, Tenant
+
+F = TypeVar("F", bound=SamplingFields)
+F_contra = TypeVar("F_contra", bound=SamplingFields, contravariant=True)
+
+
+class Target:
+    """The model a request named, as its route needs it."""
+
+    def __init__(self, gateway: Gateway, tenant: Tenant, name: str) -> None:
+        self.tenant = tenant
+        self.model: ModelConfig = check_model(tenant, gateway.config.model_named(name), name)
+        self.prompter: Prompter = gateway.prompters[self.model.id]
+        facts = gateway.dispatcher.facts(self.model.id)
+        if facts is None:
+            raise UnavailableError(f"The model {name!r} has no replica yet. Please try again.", retry_after_s=5.0)
+        self.facts = facts
+
+
+class Route(Protocol[F_contra]):
+    """What differs between chat and completions."""
+
+    name: str
+    id_prefix: str
+
+    async def prepare(self, fields: F_contra, target: Target) -> Call:
+        """Validates what only this route knows and makes the prompts. Raises ApiError."""
+        ...
+
+    def chunks(self, call: Call, identity: Identity, meter: Meter) -> Chunks: ...
+
+    def whole(self, call: Call, identity: Identity, choices: list[Choice]) -> dict[str, Any]:
+        """The body of an answer that is not streamed, without `usage`."""
+        ...
+
+
+class Generation(Generic[F]):
+    """The handler of one generating route."""
+
+    def __init__(self, gateway: Gateway, route: Route[F], request_type: type[F]) -> None:
+        self._gateway = gateway
+        self._route = route
+        self.route_name = route.name
+        self._body = Body(request_type)
+        self._fingerprints = {model.id: fingerprint(model) for model in gateway.config.models}
+
+    async def __call__(self, exchange: Exchange) -> None:
+        """Answers, and writes exactly one usage record for every request of a known tenant."""
+        tenant = self._gateway.tenants.authenticate(exchange.header(b"authorization"))
+        meter = Meter(exchange, tenant, self._route.name)
+        try:
+            await self._answer(exchange, meter)
+        except ClientGoneError:
+            meter.cancelled()
+        except asyncio.CancelledError:
+            meter.cancelled()
+            task = asyncio.current_task()
+            if not exchange.client_gone or task is None or task.uncancel() > 0:
+                raise
+        except Exception as error:
+            await self._fail(exchange, meter, error)
+        finally:
+            meter.close()
+
+    async def _fail(self, exchange: Exchange, meter: Meter, error: Exception) -> None:
+        refusal = as_api_error(error, exchange.request_id)
+        meter.failed(refusal)
+        if isinstance(refusal, RateLimitError):
+            self._gateway.metrics.refusals.labels("quota").inc()
+        try:
+            if exchange.started:  # a stream: nothing else starts before it can no longer fail
+                await exchange.end(sse.error_event(refusal))
+            else:
+                await exchange.refuse(refusal)
+        except ClientGoneError:
+            meter.cancelled()
+
+    async def _answer(self, exchange: Exchange, meter: Meter) -> None:
+        quota = self._gateway.tenants.quota(meter.tenant)
+        try:
+            meter.lease = quota.enter()
+            fields, ignored = self._body.decode(await exchange.json_body())
+            exchange.extra_headers += ignored_header(ignored)
+            meter.fields = fields
+            fields.check()
+            target = Target(self._gateway, meter.tenant, fields.model)
+            meter.model_id = target.model.id
+            call = await self._route.prepare(fields, target)
+            jobs = self._jobs(exchange.request_id, call, target)
+            meter.begin(call, len(jobs))
+        finally:
+            exchange.extra_headers += quota.headers()
+        await self._run(exchange, meter, call, jobs)
+
+    async def _run(self, exchange: Exchange, meter: Meter, call: Call, jobs: list[Job]) -> None:
+        identity = Identity(
+            answer_id=f"{self._route.id_prefix}-{exchange.request_id}",
+            created=int(self._gateway.wall()),
+            model=call.model.id,
+            fingerprint=self._fingerprints[call.model.id],
+        )
+        in_flight = self._gateway.metrics.requests_in_flight.labels(call.model.id)
+        in_flight.inc()
+        flow = open_flow(self._gateway.dispatcher, jobs)
+        watch = exchange.watch_disconnect()
+        try:
+            if call.fields.stream:
+                await self._stream(flow, meter, call, identity)
+            else:
+                await self._collect(flow, meter, call, identity)
+        finally:
+            watch.cancel()
+            in_flight.dec()
+            await flow.aclose()
+
+    async def _stream(self, flow: Flow, meter: Meter, call: Call, identity: Identity) -> None:
+        exchange = meter.exchange
+        chunks = self._route.chunks(call, identity, meter)
+        while batch := await flow.next():
+            meter.take(batch)
+            written = chunks.write(batch)
+            if not exchange.started:
+                await exchange.start(200, sse.HEADERS)
+            if written:
+                await exchange.write(written)
+        meter.check_complete()
+        await exchange.end(chunks.closing())
+
+    async def _collect(self, flow: Flow, meter: Meter, call: Call, identity: Identity) -> None:
+        choices = [Choice(prompt) for prompt in call.prompts for _ in range(call.num_generated)]
+        while batch := await flow.next():
+            meter.take(batch)
+            for index, delta in batch:
+                choices[index].take(delta)
+        meter.check_complete()
+        body = self._route.whole(call, identity, _best(choices, call))
+        body["usage"] = meter.usage()
+        await meter.exchange.send(sse.encode(body))
+
+    def _jobs(self, request_id: str, call: Call, target: Target) -> list[Job]:
+        fields, gateway = call.fields, self._gateway
+        bound = gateway.config.admission.max_queued
+        if len(call.prompts) * call.num_generated > bound:
+            raise BadRequestError(
+                f"{len(call.prompts)} prompts with {call.num_generated} sequences each are more than the "
+                f"{bound} one request may ask for.",
+                param=call.prompt_param if len(call.prompts) > 1 else "n",
+            )
+        limits = Limits(target.facts, call.model.default_max_tokens, call.prompt_param)
+        limits.check_logprobs(call.logprobs)
+        salt = narrowed_salt(target.tenant.salt, fields.cache_salt)
+        priority = max(fields.priority or 0, target.tenant.max_priority)
+        seed = gateway.random.getrandbits(62) if fields.seed is None else fields.seed
+        jobs: list[Job] = []
+        for prompt in call.prompts:
+            max_tokens = limits.max_tokens(fields, prompt.num_tokens)
+            for _ in range(call.num_generated):
+                index = len(jobs)
+                sampling = sampling_params(
+                    fields, limits, call.logprobs, max_tokens=max_tokens, seed=choice_seed(seed, index)
+                )
+                jobs.append(
+                    Job(
+                        request_id=f"{request_id}-{index}",
+                        model=call.model,
+                        tenant=target.tenant,
+                        prompt=prompt.ids,
+                        sampling=sampling,
+                        salt=salt,
+                        priority=priority,
+                        num_bytes=len(prompt.ids) + _JOB_BYTES,
+                    )
+                )
+        return jobs
+
+
+_JOB_BYTES = 2048  # a job's own objects, about
+
+
+def fingerprint(model: ModelConfig) -> str:
+    """What `system_fingerprint` says: changes when the model's source does."""
+    return "fp_" + sha256(f"{model.id}|{model.source}".encode()).hexdigest()[:10]
+
+
+def _best(choices: list[Choice], call: Call) -> list[Choice]:
+    """The choices to return, best_of the most likely per token first, in the order of their prompts."""
+    num_returned = call.fields.num_choices
+    if num_returned == call.num_generated:
+        return choices
+    best: list[Choice] = []
+    for start in range(0, len(choices), call.num_generated):
+        group = choices[start : start + call.num_generated]
+        best += sorted(group, key=lambda choice: choice.mean_logprob, reverse=True)[:num_returned]
+    return best

@@ -1,0 +1,93 @@
+"""The OpenAPI document, with the schemas of the very types that requests are decoded into."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+import msgspec
+
+from gateway.api.chat import ChatRequest
+from gateway.api.completions import CompletionRequest
+from gateway.api.tokenize import DetokenizeRequest, TokenizeChatRequest, TokenizePromptRequest
+
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+_POSTS: dict[str, tuple[str, tuple[type[msgspec.Struct], ...]]] = {
+    "/v1/chat/completions": ("Answer a chat", (ChatRequest,)),
+    "/v1/completions": ("Continue prompts, or score them", (CompletionRequest,)),
+    "/tokenize": ("Text or messages to token ids", (TokenizePromptRequest, TokenizeChatRequest)),
+    "/detokenize": ("Token ids to text", (DetokenizeRequest,)),
+}
+_GETS = {
+    "/v1/models": "Models you may use",
+    "/v1/models/{model_id}": "One model",
+    "/health": "This process answers",
+    "/ready": "Every model has a ready replica",
+    "/version": "Version of this server",
+    "/metrics": "Prometheus metrics",
+}
+_REF = "#/components/schemas/{name}"
+
+
+@cache
+def document() -> dict[str, Any]:
+    """The document that /openapi.json serves."""
+    types = [request_type for _, request_types in _POSTS.values() for request_type in request_types]
+    _, schemas = msgspec.json.schema_components(types, ref_template=_REF)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Warmgate", "version": version("warmgate")},
+        "paths": {path: {"post": _post(path)} for path in _POSTS} | {path: {"get": _get(path)} for path in _GETS},
+        "components": {
+            "schemas": {**schemas, "Error": _ERROR},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{"key": []}],
+    }
+
+
+def _post(path: str) -> dict[str, Any]:
+    summary, types = _POSTS[path]
+    refs = [{"$ref": _REF.format(name=request_type.__name__)} for request_type in types]
+    schema = refs[0] if len(refs) == 1 else {"anyOf": refs}
+    return {
+        "summary": summary,
+        "operationId": path.strip("/").replace("/", "_"),
+        "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
+        "responses": _responses(),
+    }
+
+
+def _get(path: str) -> dict[str, Any]:
+    operation: dict[str, Any] = {
+        "summary": _GETS[path],
+        "operationId": path.strip("/").replace("/", "_").replace("{", "").replace("}", ""),
+        "responses": _responses(),
+    }
+    if "{model_id}" in path:
+        operation["parameters"] = [{"name": "model_id", "in": "path", "required": True, "schema": {"type": "string"}}]
+    return operation
+
+
+def _responses() -> dict[str, Any]:
+    error = {
+        "description": "An error",
+        "content": {"application/json": {"schema": {"$ref": _REF.format(name="Error")}}},
+    }
+    return {"200": {"description": "OK"}, "4XX": error, "5XX": error}

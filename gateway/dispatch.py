@@ -1,0 +1,273 @@
+"""Queue, route, send, retry: one job's way to a replica and its deltas' way back.
+
+    hash ─► admission ─► policy ─► link ─► first delta ─► deltas … terminal delta
+                           ▲                  │
+                           └── next attempt ──┘   only while nothing was delivered
+
+Once a delta was delivered, a lost replica is an error at once: never silence, never a second beginning.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import msgspec
+
+from gateway.admission import NO_REPLICA_RETRY_S, NO_REPLICA_S, Admission, Ticket
+from gateway.errors import (
+    ApiError,
+    ContextLengthError,
+    DeadlineError,
+    PayloadTooLargeError,
+    ReplicaLostError,
+    UnavailableError,
+    from_fault,
+)
+from gateway.fleet import Fleet, Placement
+from gateway.router import Router
+from gateway.slot import DeltaSource, Surroundings
+from gateway.types import Job
+from replicas.channel import FrameTooLargeError, LinkLostError
+from replicas.contract import EngineFacts, Fault, GenerateRequest, StepDelta
+from routing.policy import TOO_LONG
+from routing.types import Decision, RouteRequest
+
+MAX_DEATHS = 2
+"""Replicas that may die over one request before it is refused: it may be what kills them."""
+
+_ELSEWHERE = frozenset({"draining", "overloaded", "engine_dead"})
+
+
+class FleetDispatcher:
+    """Runs jobs on a fleet. Implements `gateway.types.Dispatcher`."""
+
+    def __init__(self, fleet: Fleet, admission: Admission, router: Router, around: Surroundings) -> None:
+        self.fleet = fleet
+        self.admission = admission
+        self.router = router
+        self.around = around
+        self.max_attempts = router.max_attempts
+
+    def generate(self, job: Job) -> JobStream:
+        """See `Dispatcher.generate`. Nothing starts before the first delta is asked for."""
+        return JobStream(self, job)
+
+    def facts(self, model_id: str) -> EngineFacts | None:
+        return self.fleet.facts(model_id)
+
+    def num_ready(self, model_id: str) -> int:
+        return self.fleet.num_ready(model_id)
+
+    def decision(self, request_id: str) -> Decision | None:
+        """Why a recent job went where it went (its last attempt)."""
+        return self.router.decision(request_id)
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """Why an attempt came to nothing, in the client's words and in ours. `died`: the replica did not survive it.
+
+    `final`: it would come to nothing anywhere.
+    """
+
+    error: ApiError
+    reason: str
+    died: bool
+    final: bool
+
+
+class JobStream(AsyncIterator[StepDelta]):
+    """The deltas of one job, the terminal one last. `replica_id` is where it runs (or ran last).
+
+    Raises ApiError. `aclose` ends the job wherever it stands; so does cancelling the task that waits for a delta.
+    """
+
+    __slots__ = ("_dispatcher", "_job", "_num_output", "_num_uncached", "_over", "_placement", "_source", "_ticket",
+                 "num_attempts", "replica_id")  # fmt: skip
+
+    def __init__(self, dispatcher: FleetDispatcher, job: Job) -> None:
+        """For `FleetDispatcher.generate` only."""
+        self.replica_id: str | None = None
+        self.num_attempts = 0
+        self._dispatcher = dispatcher
+        self._job = job
+        self._ticket: Ticket | None = None
+        self._placement: Placement | None = None
+        self._source: DeltaSource | None = None
+        self._num_uncached = 0
+        self._num_output = 0
+        self._over = False
+
+    async def __anext__(self) -> StepDelta:
+        try:
+            if self._source is not None:
+                delta = await self._source.__anext__()
+            elif self._over:
+                raise StopAsyncIteration
+            else:
+                delta = await self._first()
+        except LinkLostError as error:
+            self._end()
+            raise ReplicaLostError(f"Replica {error.replica_id} was lost while it was answering.") from error
+        except BaseException:
+            self._end()
+            raise
+        self._num_output += len(delta.token_ids)
+        if delta.finish_reason is not None:
+            self._end()
+            fault = _fault_of(delta)
+            if fault is not None:
+                raise from_fault(fault)
+        return delta
+
+    async def aclose(self) -> None:
+        """Cancels the job unless it has ended. Idempotent."""
+        self._end()
+
+    def _end(self) -> None:
+        """Gives back everything it holds; at the replica too. Idempotent."""
+        if self._over:
+            return
+        self._over = True
+        self._source = None
+        if self._placement is not None:
+            self._placement.close()
+        if self._ticket is not None:
+            self._ticket.served(self._num_uncached, self._num_output)
+            self._ticket.close()
+
+    async def _first(self) -> StepDelta:
+        """Queue, then attempts, until there is a delta."""
+        dispatcher, job = self._dispatcher, self._job
+        request = dispatcher.router.request(job)
+        self._ticket = await dispatcher.admission.acquire(job, dispatcher.router.num_uncached(request))
+        try:
+            async with asyncio.timeout(self._remaining_s()):
+                delta = await self._attempt(request)
+        except TimeoutError:
+            raise DeadlineError("The deadline passed before the first token.") from None
+        assert self._placement is not None
+        if delta.num_cached_tokens is not None:
+            self._num_uncached = job.num_prompt_tokens - delta.num_cached_tokens
+        self._source = self._placement.source
+        return delta
+
+    async def _attempt(self, request: RouteRequest) -> StepDelta:
+        """Tries replicas until one answers; raises what the last one said when it was enough."""
+        num_deaths = 0
+        failure: _Failure | None = None
+        while True:
+            placement = self._placement = await self._place(request, failure)
+            answer = await _answer(placement)
+            if not isinstance(answer, _Failure):
+                return answer
+            failure = answer
+            placement.close()
+            self._num_uncached = 0
+            num_deaths += failure.died
+            if failure.final or num_deaths >= MAX_DEATHS or self.num_attempts >= self._dispatcher.max_attempts:
+                raise failure.error
+            self._dispatcher.around.metrics.retries.labels(failure.reason).inc()
+            request = _excluding(request, placement.replica_id)
+
+    async def _place(self, request: RouteRequest, failure: _Failure | None) -> Placement:
+        """Sends the request to the best replica; waits a while for one when there is none.
+
+        `failure` is what the attempt before came to.
+        """
+        dispatcher = self._dispatcher
+        give_up_at = dispatcher.around.clock() + NO_REPLICA_S
+        while True:
+            decision = dispatcher.router.decide(request)
+            if decision.replica_id is not None:
+                try:
+                    return self._send(request, decision)
+                except LinkLostError:  # it had not begun: this was no attempt
+                    request = _excluding(request, decision.replica_id)
+                    continue
+            _check_length(request, decision)
+            left_s = give_up_at - dispatcher.around.clock()
+            if failure is not None and failure.reason == "overloaded":
+                raise failure.error
+            if left_s <= 0:
+                message = f"No replica of model '{request.model}' is available."
+                raise UnavailableError(message, retry_after_s=NO_REPLICA_RETRY_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(dispatcher.fleet.change(), left_s)
+
+    def _send(self, request: RouteRequest, decision: Decision) -> Placement:
+        """Opens the next attempt where the decision says."""
+        winner = decision.winner
+        assert winner is not None and self._ticket is not None
+        num_uncached = request.num_prompt_tokens - winner.matched_tokens
+        attempt = self._generate_request(self.num_attempts + 1, self._ticket.fair_tag)
+        try:
+            placement = self._dispatcher.fleet.place(winner.replica_id, attempt, num_uncached)
+        except FrameTooLargeError as error:
+            raise PayloadTooLargeError(f"The prompt is too large to be sent: {error}.") from error
+        self._ticket.placed()
+        self._dispatcher.router.placed(request, decision)
+        self.num_attempts += 1
+        self.replica_id = winner.replica_id
+        self._num_uncached = num_uncached
+        return placement
+
+    def _generate_request(self, attempt: int, fair_tag: float) -> GenerateRequest:
+        job = self._job
+        return GenerateRequest(
+            request_id=job.request_id,
+            prompt=job.prompt,
+            sampling=job.sampling,
+            attempt=attempt,
+            adapter=job.adapter,
+            tenant=job.tenant.tenant_id,
+            fair_tag=fair_tag,
+            priority=job.priority,
+            deadline_s=self._remaining_s(),
+            salt=job.salt,
+        )
+
+    def _remaining_s(self) -> float | None:
+        deadline = self._job.deadline
+        return None if deadline is None else deadline - self._dispatcher.around.clock()
+
+
+async def _answer(placement: Placement) -> StepDelta | _Failure:
+    """The first delta, or why there was none."""
+    try:
+        delta = await placement.source.__anext__()
+    except LinkLostError as lost:
+        error = ReplicaLostError(f"Replica {lost.replica_id} was lost before it answered.")
+        return _Failure(error, "lost", died=True, final=False)
+    fault = _fault_of(delta)
+    if fault is None:
+        placement.answered()
+        return delta
+    if fault.code in ("engine_dead", "internal"):
+        placement.failed()
+    final = not fault.retryable and fault.code not in _ELSEWHERE
+    return _Failure(from_fault(fault), fault.code, died=fault.code == "engine_dead", final=final)
+
+
+def _fault_of(delta: StepDelta) -> Fault | None:
+    """What made a terminal delta a failure; None for one that is none. Nobody aborts a job whose stream is read."""
+    if delta.finish_reason == "error":
+        return delta.fault or Fault("internal", "The engine failed without a reason.")
+    if delta.finish_reason == "abort":
+        return Fault("internal", "The replica ended the request.", retryable=True)
+    return None
+
+
+def _excluding(request: RouteRequest, replica_id: str) -> RouteRequest:
+    return msgspec.structs.replace(request, excluded=request.excluded | {replica_id})
+
+
+def _check_length(request: RouteRequest, decision: Decision) -> None:
+    """Raises ContextLengthError when the prompt is too long for every replica there is."""
+    if decision.candidates and all(candidate.filtered == TOO_LONG for candidate in decision.candidates):
+        raise ContextLengthError(
+            f"The prompt has {request.num_prompt_tokens} tokens; no replica of model '{request.model}' takes that many."
+        )

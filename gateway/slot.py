@@ -1,0 +1,227 @@
+"""One replica as an ingress sees it: what it last said, and what was sent to it since."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Protocol
+
+from ops.metrics import Metrics
+from replicas.channel import LinkLostError
+from replicas.contract import EngineFacts, EngineStats, GenerateRequest, StepDelta
+from routing.registry import Member
+from routing.types import ReplicaState
+
+MIN_PUSHES = 2
+MIN_SENT_S = 0.01
+"""A request is in the pushed state after this many pushes and seconds: the first one may have crossed it on the wire,
+and several may have lain in the socket."""
+
+MAX_FAILURES = 3
+BREAKER_S = 2.0
+MAX_BREAKER_S = 30.0
+
+
+class DeltaSource(Protocol):
+    """One attempt at a replica (`replicas.channel.DeltaStream`)."""
+
+    def __anext__(self) -> Awaitable[StepDelta]: ...
+
+    def cancel(self) -> None: ...
+
+
+class Link(Protocol):
+    """A connection to a replica (`replicas.channel.ReplicaLink`)."""
+
+    @property
+    def replica_id(self) -> str: ...
+
+    @property
+    def facts(self) -> EngineFacts: ...
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    @property
+    def alive(self) -> bool: ...
+
+    def open(self, request: GenerateRequest) -> DeltaSource: ...
+
+    async def close(self) -> None: ...
+
+
+class LinkEvents:
+    """What a link tells its slot; `replicas.channel.LinkOptions` has the same two callbacks."""
+
+    def __init__(self, on_stats: Callable[[], None], on_lost: Callable[[], None]) -> None:
+        self.on_stats = on_stats
+        self.on_lost = on_lost
+
+
+Connect = Callable[[Member, LinkEvents], Awaitable[Link]]
+"""Opens a link to a member; raises ChannelError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the request path takes from outside: seconds, randomness, and where to count."""
+
+    clock: Callable[[], float]
+    random: Random
+    metrics: Metrics
+
+
+class Breaker:
+    """closed ─ MAX_FAILURES in a row ─► open ─ time ─► closed, but one more failure opens it again, for longer."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._num_failures = 0
+        self._open_s = BREAKER_S
+        self._until = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        return self._clock() < self._until
+
+    def failed(self) -> float | None:
+        """Counts a failure; returns for how many seconds it is open now, if this one opened it."""
+        self._num_failures += 1
+        if self._num_failures < MAX_FAILURES or self.is_open:
+            return None
+        open_s = self._open_s
+        self._until = self._clock() + open_s
+        self._open_s = min(2 * open_s, MAX_BREAKER_S)
+        return open_s
+
+    def succeeded(self) -> None:
+        self._num_failures = 0
+        self._open_s = BREAKER_S
+
+
+class Sent:
+    """A request on its way: counted beside the pushed state until that must contain it."""
+
+    __slots__ = ("at", "counts", "num_pushes", "num_uncached")
+
+    def __init__(self, num_uncached: int, num_pushes: int, at: float) -> None:
+        self.num_uncached = num_uncached
+        self.num_pushes = num_pushes
+        self.at = at
+        self.counts = True
+
+
+class Slot:
+    """A replica's place in the fleet. `link` is None while it cannot be reached; `leaving` once it is no member."""
+
+    def __init__(self, replica_id: str, model_id: str, max_ahead: int, clock: Callable[[], float]) -> None:
+        self.replica_id = replica_id
+        self.model_id = model_id
+        self.link: Link | None = None
+        self.leaving = False
+        self.breaker = Breaker(clock)
+        self.num_in_flight = 0
+        self._max_ahead = max_ahead
+        self._clock = clock
+        self._num_pushes = 0
+        self._sent: deque[Sent] = deque()
+        self._num_sent = 0
+        self._num_sent_tokens = 0
+        self._state: ReplicaState | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can take a request at all."""
+        return self.link is not None and not self.leaving and not self.link.stats.draining and not self.breaker.is_open
+
+    @property
+    def num_free(self) -> int:
+        """Places for one more: up to its running capacity, and `max_ahead` that wait there.
+
+        One that lets requests wait already is at its capacity, whatever `max_num_seqs` says (KV may be short).
+        """
+        if self.link is None or not self.ready:
+            return 0
+        stats = self.link.stats
+        room = 0 if stats.num_waiting else max(0, self.link.facts.max_num_seqs - stats.num_running)
+        return max(0, room + self._max_ahead - stats.num_waiting - self._num_sent)
+
+    def connected(self, link: Link) -> None:
+        """A new connection: nothing sent over an older one counts."""
+        self.link = link
+        while self._sent:
+            self.arrived(self._sent.popleft())
+        self.changed()
+
+    def disconnected(self) -> None:
+        self.link = None
+        self.changed()
+
+    def changed(self) -> None:
+        """Something `state` is made of is different now."""
+        self._state = None
+
+    def pushed(self) -> None:
+        """The link has new stats."""
+        self._num_pushes += 1
+        old_enough = self._clock() - MIN_SENT_S
+        while self._sent:
+            oldest = self._sent[0]
+            if oldest.counts and (oldest.num_pushes + MIN_PUSHES > self._num_pushes or oldest.at > old_enough):
+                break
+            self.arrived(self._sent.popleft())
+        self.changed()
+
+    def open(self, request: GenerateRequest, num_uncached: int) -> tuple[DeltaSource, Sent]:
+        """Sends a request. Raises LinkLostError when there is no link, and what `Link.open` raises."""
+        if self.link is None:
+            raise LinkLostError(self.replica_id, "not connected")
+        source = self.link.open(request)
+        sent = Sent(num_uncached, self._num_pushes, self._clock())
+        self._sent.append(sent)
+        self._num_sent += 1
+        self._num_sent_tokens += num_uncached
+        self.num_in_flight += 1
+        self.changed()
+        return source, sent
+
+    def arrived(self, sent: Sent) -> None:
+        """The pushed state contains it by now, or it is over. Idempotent."""
+        if sent.counts:
+            sent.counts = False
+            self._num_sent -= 1
+            self._num_sent_tokens -= sent.num_uncached
+            self.changed()
+
+    def state(self) -> ReplicaState | None:
+        """What routing may know of it; None without a link."""
+        if self._state is None and self.link is not None:
+            self._state = self._make_state(self.link.facts, self.link.stats)
+        return self._state
+
+    def _make_state(self, facts: EngineFacts, stats: EngineStats) -> ReplicaState:
+        return ReplicaState(
+            replica_id=self.replica_id,
+            model=self.model_id,
+            max_model_len=facts.max_model_len,
+            max_num_seqs=facts.max_num_seqs,
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            num_waiting_tokens=stats.num_waiting_tokens,
+            num_free_blocks=stats.num_free_blocks,
+            num_blocks=stats.num_blocks,
+            block_size=facts.block_size,
+            prefill_tokens_per_s=stats.prefill_tokens_per_s,
+            step_time_s=stats.step_time_s,
+            adapters=stats.adapters,
+            max_adapters=facts.max_adapters,
+            num_sent=self._num_sent,
+            num_sent_tokens=self._num_sent_tokens,
+            draining=stats.draining or self.leaving,
+            breaker_open=self.breaker.is_open,
+            prefill_order=facts.prefill_order,
+            max_num_batched_tokens=facts.max_num_batched_tokens,
+            full=self.num_free == 0,
+        )

@@ -1,0 +1,92 @@
+"""How much memory a replica will want, from its files and its profile alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.errors import ConfigError
+from configs.schema import EngineConfig, GroupConfig, ModelConfig
+from configs.tokenizer import find_model
+
+if TYPE_CHECKING:
+    from ops.doctor import Status
+
+GIB = 1 << 30
+BASE_BYTES = {"native": 700 << 20, "sim": 200 << 20}
+"""A replica's process before weights and KV: Python, Ray's worker and, for the in-house engine, torch."""
+
+BYTES_OF = {"float32": 4, "bfloat16": 2, "float16": 2, "F32": 4, "BF16": 2, "F16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What one replica of a group needs, and whether its KV cache is of use."""
+
+    replica_bytes: int
+    status: Status
+    detail: str
+    advice: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The parts of config.json that decide sizes, and the weights as they lie on disk."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    max_model_len: int
+    dtype: str
+    weight_bytes: int
+
+    @classmethod
+    def read(cls, folder: Path) -> ModelShape:
+        """Raises ConfigError when config.json lacks what is needed."""
+        config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
+        text = config.get("text_config", config)
+        try:
+            heads = text["num_attention_heads"]
+            return cls(
+                num_layers=text["num_hidden_layers"],
+                num_kv_heads=text.get("num_key_value_heads") or heads,
+                head_dim=text.get("head_dim") or text["hidden_size"] // heads,
+                max_model_len=text["max_position_embeddings"],
+                dtype=str(text.get("dtype") or text.get("torch_dtype") or "float32"),
+                weight_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+            )
+        except KeyError as error:
+            raise ConfigError(f"{folder / 'config.json'} has no {error}") from error
+
+    def weights_in(self, dtype: str) -> int:
+        """Bytes of the weights held as `dtype` (`auto` = as they lie)."""
+        return self.weight_bytes * self._size(dtype) // self._size("auto")
+
+    def kv_bytes_per_token(self, dtype: str) -> int:
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self._size(dtype)  # keys and values
+
+    def _size(self, dtype: str) -> int:
+        return BYTES_OF.get(self.dtype if dtype == "auto" else dtype, 4)
+
+
+def group_memory(group: GroupConfig, model: ModelConfig, home: Path) -> Estimate:
+    """The arithmetic for one replica of a group. Raises ConfigError when the model's files cannot be read."""
+    engine = group.engine
+    if engine.kind == "sim":
+        held = engine.sim.num_blocks * engine.block_size
+        return Estimate(BASE_BYTES["sim"], "ok", f"a sim replica: {held:,} pretended KV tokens, no weights")
+    shape = ModelShape.read(find_model(model.source, home))
+    weights, kv_bytes = shape.weights_in(engine.dtype), int(engine.kv_cache_gib * GIB)
+    tokens = kv_bytes // shape.kv_bytes_per_token(engine.dtype)
+    detail = f"a replica: weights {weights / GIB:.2f} GiB + KV {kv_bytes / GIB:.2f} GiB = {tokens:,} tokens"
+    longest = _longest(engine, shape)
+    if tokens < longest:
+        advice = f"raise engine.kv_cache_gib, or set engine.max_model_len to {tokens} at most"
+        return Estimate(BASE_BYTES["native"] + weights + kv_bytes, "warn", f"{detail}, fewer than {longest:,}", advice)
+    return Estimate(BASE_BYTES["native"] + weights + kv_bytes, "ok", f"{detail} (longest request {longest:,})")
+
+
+def _longest(engine: EngineConfig, shape: ModelShape) -> int:
+    return min(engine.max_model_len or shape.max_model_len, shape.max_model_len)

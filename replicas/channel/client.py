@@ -1,0 +1,236 @@
+"""The ingress's end of the channel: one link per replica, many streams over it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from replicas.channel.connection import LinkConnection
+from replicas.channel.endpoint import parse_endpoint
+from replicas.channel.errors import EndpointError, FrameTooLargeError, HandshakeTimeoutError, LinkLostError
+from replicas.channel.frames import (
+    MAX_FRAME_BYTES,
+    Abort,
+    Frame,
+    Open,
+    Pause,
+    ReplicaFrame,
+    Resume,
+    Step,
+    Welcome,
+    encode,
+)
+from replicas.channel.transport import ChannelOptions
+from replicas.contract import EngineFacts, EngineStats, GenerateRequest, StepDelta
+
+CLOSE_S = 1.0
+"""How long `close` lets unsent frames go out."""
+
+
+def _ignore(link: ReplicaLink) -> None:
+    """The default callback."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkOptions(ChannelOptions):
+    """`on_stats(link)` after each change of `link.stats`; `on_lost(link)` once, when the link dies by itself (not by
+    `close`), after its streams were told.
+
+    A reader with more than `high_water` deltas unread makes its stream pause at the replica, which goes on once it
+    has `low_water` or fewer.
+    """
+
+    on_stats: Callable[[ReplicaLink], None] = _ignore
+    on_lost: Callable[[ReplicaLink], None] = _ignore
+    high_water: int = 64
+    low_water: int = 16
+
+
+class DeltaStream(AsyncIterator[StepDelta]):
+    """One attempt's deltas, the terminal one last; for one reader.
+
+    Raises LinkLostError after the deltas that had arrived. `cancel` ends it without a terminal delta.
+    """
+
+    __slots__ = ("_deltas", "_error", "_link", "_over", "_paused", "_waiter", "attempt", "request_id")
+
+    def __init__(self, link: ReplicaLink, request: GenerateRequest) -> None:
+        self.request_id = request.request_id
+        self.attempt = request.attempt
+        self._link = link
+        self._deltas: deque[StepDelta] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: LinkLostError | None = None
+        self._paused = False
+        self._over = False
+
+    def cancel(self) -> None:
+        """Tells the replica to stop and drops what was not read. No-op when it has ended."""
+        self._deltas.clear()
+        if not self._over:
+            self._link.abandon(self)
+
+    async def __anext__(self) -> StepDelta:
+        while not self._deltas:
+            if self._error is not None:
+                raise self._error
+            if self._over:
+                raise StopAsyncIteration
+            assert self._waiter is None, f"two readers of stream {self.request_id}"
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        delta = self._deltas.popleft()
+        if self._paused and len(self._deltas) <= self._link.options.low_water:
+            self._paused = False
+            self._link.send(Resume(self.request_id, self.attempt))
+        return delta
+
+    def _push(self, delta: StepDelta) -> None:
+        self._deltas.append(delta)
+        if delta.finish_reason is not None:
+            self._over, self._paused = True, False
+        elif len(self._deltas) > self._link.options.high_water and not self._paused:
+            self._paused = True
+            self._link.send(Pause(self.request_id, self.attempt))
+        self._wake()
+
+    def _end(self, error: LinkLostError | None = None) -> None:
+        self._over = True
+        self._paused = False
+        self._error = error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class ReplicaLink:
+    """An authenticated connection to one replica, shared by all of an ingress's requests to it.
+
+    `stats` is the replica's load as last pushed, `stats_at` when it came (seconds of `options.clock`).
+    """
+
+    def __init__(self, connection: LinkConnection, welcome: Welcome, options: LinkOptions) -> None:
+        """For `connect` only."""
+        self.replica_id = welcome.replica_id
+        self.facts: EngineFacts = welcome.facts
+        self.stats: EngineStats = welcome.stats
+        self.stats_at = options.clock()
+        self.options = options
+        self.num_stale_deltas = 0
+        self._connection = connection
+        self._streams: dict[str, DeltaStream] = {}
+        self._closed = False
+
+    @classmethod
+    async def connect(
+        cls, endpoint: str, secret: bytes, ingress_id: str, options: LinkOptions | None = None
+    ) -> ReplicaLink:
+        """Connects and authenticates both ways within `options.handshake_s`.
+
+        `ingress_id` names this process in the replica's log and journal. Raises EndpointError (malformed, or nobody
+        listens), AuthenticationFailedError, VersionMismatchError, HandshakeTimeoutError, HandshakeError; all of them
+        are ChannelError. ValueError for an empty secret.
+        """
+        if not secret:
+            raise ValueError("the cluster secret is empty")
+        options = options or LinkOptions()
+        connection = LinkConnection(secret, ingress_id, options)
+        try:
+            async with asyncio.timeout(options.handshake_s):
+                await parse_endpoint(endpoint).connect(lambda: connection)
+                welcome = await connection.welcome
+        except TimeoutError:
+            raise HandshakeTimeoutError(f"{endpoint} did not answer within {options.handshake_s} s") from None
+        except OSError as error:
+            raise EndpointError(f"cannot reach {endpoint}: {error.strerror or error}") from error
+        finally:
+            connection.give_up_unless_welcome()
+        if connection.lost_reason is not None:
+            raise LinkLostError(welcome.replica_id, connection.lost_reason)
+        link = cls(connection, welcome, options)
+        connection.attach(link)
+        return link
+
+    @property
+    def alive(self) -> bool:
+        return self._connection.lost_reason is None
+
+    @property
+    def num_open(self) -> int:
+        return len(self._streams)
+
+    def open(self, request: GenerateRequest) -> DeltaStream:
+        """Sends a request; its deltas come out of the stream.
+
+        Raises LinkLostError when the link is down, FrameTooLargeError, and ValueError when this request is open with
+        this attempt or a later one; an open older attempt is cancelled.
+        """
+        if not self.alive:
+            raise LinkLostError(self.replica_id, self._connection.lost_reason or "closed")
+        older = self._streams.get(request.request_id)
+        if older is not None and older.attempt >= request.attempt:
+            raise ValueError(f"request {request.request_id} is open: attempt {older.attempt}, not {request.attempt}")
+        frame = encode(Open(request))
+        allowed = min(MAX_FRAME_BYTES, self.options.max_frame_bytes)
+        if len(frame) > allowed:
+            raise FrameTooLargeError(f"request {request.request_id} takes {len(frame)} bytes, allowed {allowed}")
+        if older is not None:
+            older.cancel()
+        stream = self._streams[request.request_id] = DeltaStream(self, request)
+        self._connection.send_encoded(frame)
+        return stream
+
+    async def close(self) -> None:
+        """Aborts what is open (its readers get LinkLostError) and closes the connection. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        for stream in list(self._streams.values()):
+            self.send(Abort(stream.request_id, stream.attempt))
+        self._connection.finish("closed by this side")
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                await self._connection.closed.wait()
+        except TimeoutError:
+            self._connection.transport.abort()
+
+    def send(self, frame: Frame) -> None:
+        """For streams: nothing happens once the link is down."""
+        self._connection.send(frame)
+
+    def abandon(self, stream: DeltaStream) -> None:
+        """For streams: aborts at the replica and forgets."""
+        if self._streams.get(stream.request_id) is stream:
+            del self._streams[stream.request_id]
+            self.send(Abort(stream.request_id, stream.attempt))
+        stream._end()
+
+    # What the connection says (see `connection.LinkEvents`).
+
+    def received(self, frame: ReplicaFrame) -> None:
+        self.stats = frame.stats
+        self.stats_at = self.options.clock()
+        if isinstance(frame, Step):
+            for delta in frame.deltas:
+                stream = self._streams.get(delta.request_id)
+                if stream is None or stream.attempt != delta.attempt:
+                    self.num_stale_deltas += 1
+                    continue
+                if delta.finish_reason is not None:
+                    del self._streams[delta.request_id]
+                stream._push(delta)
+        self.options.on_stats(self)
+
+    def lost(self, reason: str) -> None:
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream._end(LinkLostError(self.replica_id, reason))
+        if not self._closed:
+            self.options.on_lost(self)

@@ -1,0 +1,106 @@
+"""A replica group as a Ray Serve deployment: Serve places, restarts and ends the actors; tokens never pass through it.
+
+Requests arrive over the channel, so Serve counts none of them: draining is ours, in `__del__`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeAlias
+
+from ray import serve
+from ray.serve import Application
+
+from configs.runtime import Runtime
+from configs.schema import Config, GroupConfig
+
+HEALTH_PERIOD_S = 1.0
+HEALTH_TIMEOUT_S = 10.0
+DRAIN_MARGIN_S = 2.0
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+class Host(Protocol):
+    """What runs inside the actor: engine, channel server, membership (`replicas.host.ReplicaHost`)."""
+
+    async def check_health(self) -> None:
+        """Raises when this process should be replaced."""
+        ...
+
+    async def drain(self) -> None:
+        """Leaves the membership, refuses new requests and returns when the running ones have ended."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+HostFactory: TypeAlias = Callable[[Config, GroupConfig, Runtime, str], Awaitable[Host]]
+"""(config, group, runtime, replica_id) → a host that is ready to generate."""
+
+
+async def replica_host(config: Config, group: GroupConfig, runtime: Runtime, replica_id: str) -> Host:
+    """The real host, started."""
+    from replicas.host import ReplicaHost  # here, so that the ingress and the supervisor do not load an engine
+
+    runtime.prepare()
+    host = ReplicaHost(config, group, runtime, replica_id)
+    await host.start()
+    return host
+
+
+class Replica:
+    """One replica process. A replacement for a dead one is a new process with a new id: it announces itself anew."""
+
+    async def __init__(self, config: Config, group: GroupConfig, runtime: Runtime, host_factory: HostFactory) -> None:
+        self._drain_s = config.ray.drain_s
+        self._host = await host_factory(config, group, runtime, f"{group.name}-{secrets.token_hex(4)}")
+
+    async def check_health(self) -> None:
+        await self._host.check_health()
+
+    async def __del__(self) -> None:
+        host = getattr(self, "_host", None)  # absent when starting failed
+        if host is None:
+            return
+        try:
+            # What still runs at the end of the time ends with the engine: each of its streams gets an error event.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._drain_s):
+                    await host.drain()
+        finally:
+            await host.close()
+
+
+def replica_group(config: Config, group: GroupConfig, runtime: Runtime, host_factory: HostFactory) -> Application:
+    """The deployment of one group, bound."""
+    deployment = serve.deployment(
+        Replica,
+        name=group_deployment(group),
+        num_replicas=group.replicas,
+        graceful_shutdown_timeout_s=config.ray.drain_s + DRAIN_MARGIN_S,
+        graceful_shutdown_wait_loop_s=0.25,
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        max_constructor_retry_count=3,
+        ray_actor_options=actor_options(group),
+    )
+    return deployment.bind(config, group, runtime, host_factory)
+
+
+def group_deployment(group: GroupConfig) -> str:
+    """The Serve deployment's name for a group."""
+    return f"group-{group.name}"
+
+
+def actor_options(group: GroupConfig) -> dict[str, object]:
+    """What Ray reserves for a replica, and the environment its process has before torch is loaded."""
+    threads = {name: str(group.engine.threads) for name in THREAD_VARIABLES}
+    env_vars = {**threads, "TOKENIZERS_PARALLELISM": "false"}
+    return {
+        "num_cpus": group.resources.num_cpus,
+        "num_gpus": group.resources.num_gpus,
+        "runtime_env": {"env_vars": env_vars},
+    }

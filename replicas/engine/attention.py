@@ -1,0 +1,245 @@
+"""Attention over a paged KV cache.
+
+One layer's cache, seen as rows of one head of one token:
+
+    block ┬ k head 0 ─ token 0 … block_size - 1      row = (block * 2 num_kv_heads + head) * block_size + offset
+          ├ k head 1                                  v heads follow the k heads
+          ├ v head 0
+          └ v head 1
+
+Heads before tokens, so that a head's keys in a block are neighbours: measured on one CPU core this reads 1.2-1.7 times
+as fast as tokens before heads. What a step needs to know (rows, masks) is worked out once per step, not per layer.
+
+Single tokens attend in groups of similar context length, chunks of prompts one by one.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from replicas.engine.families import DecoderSpec
+
+_MAX_INT32 = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class KvGeometry:
+    """What attention needs to know about a decoder and its cache."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, spec: DecoderSpec, block_size: int, dtype: torch.dtype, device: torch.device) -> KvGeometry:
+        return cls(spec.num_heads, spec.num_kv_heads, spec.head_dim, block_size, dtype, device)
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def scale(self) -> float:
+        return 1.0 / math.sqrt(self.head_dim)
+
+    @property
+    def rows_per_block(self) -> int:
+        return 2 * self.num_kv_heads * self.block_size
+
+    def key_rows(self, blocks: Tensor, heads: Tensor) -> Tensor:
+        """Rows of every key in some blocks; its value lies `value_offset` further.
+
+        blocks: [..., num_blocks], heads: [num_heads] → [..., num_heads, num_blocks * block_size].
+        """
+        offsets = torch.arange(self.block_size, device=blocks.device)
+        block_heads = blocks.unsqueeze(-2) * (2 * self.num_kv_heads) + heads[:, None]  # [..., num_heads, num_blocks]
+        return (block_heads.unsqueeze(-1) * self.block_size + offsets).flatten(-2)
+
+    @property
+    def value_offset(self) -> int:
+        return self.num_kv_heads * self.block_size
+
+
+class KvCache:
+    """The blocks of all layers. `layers[i]`: [num_blocks * rows_per_block, head_dim]; unwritten rows are zero."""
+
+    def __init__(self, geometry: KvGeometry, num_layers: int, num_blocks: int) -> None:
+        shape = (num_blocks * geometry.rows_per_block, geometry.head_dim)
+        # zeros, not empty: padding reads rows nobody wrote, and 0 * NaN would not vanish. The pages stay untouched.
+        self.layers = [torch.zeros(shape, dtype=geometry.dtype, device=geometry.device) for _ in range(num_layers)]
+        self.num_blocks = num_blocks
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies whole blocks, (source, target) each; no target is a source."""
+        source, target = torch.tensor(pairs, device=self.layers[0].device).unbind(1)
+        for layer in self.layers:
+            blocks = layer.view(self.num_blocks, -1)
+            blocks[target] = blocks[source]
+
+
+def block_bytes(spec: DecoderSpec, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers."""
+    return spec.num_layers * block_size * spec.kv_values_per_token * dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What queries may see. `blocks`: [..., num_blocks] int64; `bias`: [..., num_blocks * block_size], 0 or -inf."""
+
+    blocks: Tensor
+    bias: Tensor
+
+
+class Decode(Protocol):
+    """Attention of single tokens, one per sequence: prepared once per step, called once per layer."""
+
+    def __call__(self, q: Tensor, cache: Tensor) -> Tensor:
+        """q: [num_seqs, num_heads, head_dim], cache: a layer → [num_seqs, num_heads, head_dim]."""
+        ...
+
+
+class SparseDecode:
+    """Reads the cache in place: q·k as a sampled dense-dense product, Σ p·v as an embedding bag. CPU, float32.
+
+    Nothing is gathered, which halves the memory traffic; torch has no other kernel that reads rows through an index.
+    """
+
+    def __init__(self, geometry: KvGeometry, context: Context) -> None:
+        num_seqs, num_keys = context.bias.shape
+        num_queries = num_seqs * geometry.num_heads
+        heads = torch.arange(geometry.num_heads) // geometry.group
+        keys = geometry.key_rows(context.blocks, heads).flatten()  # [num_seqs * num_heads * num_keys]
+        self._shape = (num_seqs, geometry.num_heads, num_keys)
+        self._scale = geometry.scale
+        self._bias = context.bias[:, None]
+        self._values = (keys + geometry.value_offset).int()
+        self._bags = torch.arange(num_queries, dtype=torch.int32) * num_keys
+        self._pattern = (
+            torch.arange(num_queries + 1, dtype=torch.int32) * num_keys,
+            keys.int(),
+            torch.zeros(keys.shape),
+        )
+        self._sparse: Tensor | None = None
+
+    def __call__(self, q: Tensor, cache: Tensor) -> Tensor:
+        q = q.flatten(0, 1)
+        if self._sparse is None:  # its shape needs the cache's
+            size = (q.shape[0], cache.shape[0])
+            self._sparse = torch.sparse_csr_tensor(*self._pattern, size, check_invariants=False)
+        scores = torch.sparse.sampled_addmm(self._sparse, q, cache.t(), beta=0.0, alpha=self._scale).values()
+        weights = torch.softmax(scores.view(self._shape).add_(self._bias), dim=-1)
+        out = F.embedding_bag(self._values, cache, self._bags, mode="sum", per_sample_weights=weights.flatten())
+        return out.view(self._shape[0], self._shape[1], -1)
+
+
+class GatherDecode:
+    """Gathers keys and values, then plain products. Any device, any dtype."""
+
+    def __init__(self, geometry: KvGeometry, context: Context) -> None:
+        heads = torch.arange(geometry.num_kv_heads, device=context.blocks.device)
+        keys = geometry.key_rows(context.blocks, heads)  # [num_seqs, num_kv_heads, num_keys]
+        self._rows_shape = (*keys.shape, geometry.head_dim)
+        self._keys = keys.flatten()
+        self._values = self._keys + geometry.value_offset
+        self._bias = context.bias[:, None, None].to(geometry.dtype)
+        self._scale = geometry.scale
+        self._group = geometry.group
+
+    def __call__(self, q: Tensor, cache: Tensor) -> Tensor:
+        k = cache.index_select(0, self._keys).view(self._rows_shape)
+        v = cache.index_select(0, self._values).view(self._rows_shape)
+        q = q.view(q.shape[0], -1, self._group, q.shape[-1])  # [num_seqs, num_kv_heads, group, head_dim]
+        scores = torch.matmul(q * self._scale, k.transpose(-1, -2)) + self._bias
+        return torch.matmul(torch.softmax(scores, dim=-1), v).flatten(1, 2)
+
+
+class ChunkAttention:
+    """Attention of a chunk of one prompt: the first tokens when `context` is None, else some that see earlier ones."""
+
+    def __init__(self, geometry: KvGeometry, context: Context | None) -> None:
+        self._geometry = geometry
+        self._bias: Tensor | None = None
+        if context is not None:
+            heads = torch.arange(geometry.num_kv_heads, device=context.blocks.device)
+            keys = geometry.key_rows(context.blocks, heads)  # [num_kv_heads, num_keys]
+            self._rows_shape = (*keys.shape, geometry.head_dim)
+            self._keys = keys.flatten()
+            self._values = self._keys + geometry.value_offset
+            self._bias = context.bias.to(geometry.dtype)  # [num_tokens, num_keys]
+
+    def __call__(self, qkv: Tensor, cache: Tensor) -> Tensor:
+        """qkv: [num_tokens, num_heads + 2 num_kv_heads, head_dim] → [num_tokens, num_heads, head_dim]."""
+        geometry = self._geometry
+        num_heads, num_kv_heads = geometry.num_heads, geometry.num_kv_heads
+        num_tokens = qkv.shape[0]
+        q = qkv[:, :num_heads].view(num_tokens, num_kv_heads, geometry.group, -1)
+        q = q.permute(1, 2, 0, 3)  # [num_kv_heads, group, num_tokens, head_dim]
+        if self._bias is None:
+            kv = qkv[:, num_heads:].transpose(0, 1)
+            k, v = kv[:num_kv_heads], kv[num_kv_heads:]
+        else:
+            k = cache.index_select(0, self._keys).view(self._rows_shape)
+            v = cache.index_select(0, self._values).view(self._rows_shape)
+        # Query heads of a group read the same keys: a dimension of stride 0 instead of copies.
+        k, v = (x.unsqueeze(1).expand(-1, geometry.group, -1, -1) for x in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, self._bias, is_causal=self._bias is None, scale=geometry.scale)
+        return out.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+DecodeKernel: TypeAlias = type[SparseDecode] | type[GatherDecode]
+
+
+def pick_decode(geometry: KvGeometry, num_blocks: int) -> DecodeKernel:
+    """The fastest way this device, dtype and torch build have."""
+    fits = num_blocks * geometry.rows_per_block <= _MAX_INT32
+    if geometry.device.type == "cpu" and geometry.dtype == torch.float32 and fits and _has_sampled_product():
+        return SparseDecode
+    return GatherDecode
+
+
+def _has_sampled_product() -> bool:
+    """Whether this torch build has the sampled product on CPU (some come without). Tried, because nothing tells."""
+    ones = torch.ones(1, 1)
+    zero, one = torch.tensor([0, 1], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "beta state", said once per process
+            pattern = torch.sparse_csr_tensor(zero, one, torch.zeros(1), (1, 1), check_invariants=False)
+            product = torch.sparse.sampled_addmm(pattern, ones, ones, beta=0.0)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return bool(product.values().item() == 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionView:
+    """A step's attention for layers with the same window: rows of the packed batch, and who attends for them.
+
+    `writes`: cache rows of every k and v head of every token, [num_tokens * 2 num_kv_heads].
+    """
+
+    geometry: KvGeometry
+    writes: Tensor
+    decodes: tuple[tuple[slice, Decode], ...]
+    chunks: tuple[tuple[slice, ChunkAttention], ...]
+
+    def __call__(self, qkv: Tensor, cache: Tensor) -> Tensor:
+        """Writes k and v into the layer's cache, then attends. → [num_tokens, num_heads * head_dim]."""
+        num_heads = self.geometry.num_heads
+        cache.index_copy_(0, self.writes, qkv[:, num_heads:].reshape(-1, self.geometry.head_dim))
+        parts = [decode(qkv[rows, :num_heads], cache) for rows, decode in self.decodes]
+        parts += [chunk(qkv[rows], cache) for rows, chunk in self.chunks]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return out.flatten(1)

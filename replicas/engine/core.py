@@ -1,0 +1,141 @@
+"""The engine without threads: plan, execute, commit. The native and the sim engine differ in their `Runner` alone.
+
+add/abort ─► Scheduler.plan() ─► Runner.execute(plan) ─► Scheduler.commit(plan, result) ─► [StepDelta]
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from replicas.contract import AdapterSpec, EngineError, EngineStats, Fault, GenerateRequest, KvEvent, StepDelta
+from replicas.engine.rates import Rates
+from replicas.engine.scheduler import Scheduler
+from replicas.engine.sequence import Plan, StepResult
+
+logger = logging.getLogger(__name__)
+
+
+class Runner(Protocol):
+    """The model. Called from one thread only."""
+
+    def execute(self, plan: Plan) -> StepResult:
+        """Makes `plan.copies` first (whole KV blocks), then computes every item and samples where `item.samples`.
+
+        Writes the KV of tokens `[start, start + num_tokens)` through `item.seq.block_ids` (read anew each step: a
+        table may change between steps), and returns one `Sampled` per sampling item, in the items' order. The plan is
+        never empty. Any exception is taken as the engine's death.
+        """
+        ...
+
+
+class AdapterStore(Protocol):
+    """Runners that can apply LoRA adapters have one. Called from the engine's thread."""
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """Ids of the adapters that a step can use without loading, least recently used first."""
+        ...
+
+    def load(self, adapter: AdapterSpec) -> None:
+        """Makes an adapter usable; may take long. Raises EngineError when it cannot."""
+        ...
+
+    def unload(self, adapter_id: str) -> None:
+        """Forgets an adapter; no-op when unknown."""
+        ...
+
+
+class EngineCore:
+    """Synchronous engine: no threads, no sleeping, the clock passed in (seconds, monotonic)."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        clock: Callable[[], float],
+        adapters: AdapterStore | None = None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.adapters = adapters
+        self.dead: Fault | None = None
+        self._clock = clock
+        self._rates = Rates()
+        self._num_steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to compute or to deliver."""
+        return self.scheduler.has_work
+
+    def add(self, request: GenerateRequest) -> None:
+        """Accepts a request: exactly one terminal delta follows. Raises RefusedError, then none does."""
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """Frees the request's blocks now; its terminal delta comes with the next step. No-op when finished."""
+        self.scheduler.abort(request_id)
+
+    def step(self) -> list[StepDelta]:
+        """One step: everything that became known. A runner's exception ends every open request and the engine."""
+        started = self._clock()
+        plan = self.scheduler.plan()
+        try:
+            result = self.runner.execute(plan) if plan.items else StepResult(())
+            deltas = self.scheduler.commit(plan, result)
+        except Exception as error:
+            logger.exception("engine step failed")
+            return self.die(f"{type(error).__name__}: {error}")
+        if plan.items:
+            self._num_steps += 1
+            self._rates.observe(plan, self._clock() - started)
+        return deltas
+
+    def load_adapter(self, adapter: AdapterSpec) -> None:
+        """Makes an adapter usable. Raises EngineError when this engine has none, or cannot load it."""
+        if self.adapters is None:
+            raise EngineError(f"this engine has no adapters: {adapter.adapter_id}")
+        self.adapters.load(adapter)
+
+    def unload_adapter(self, adapter_id: str) -> None:
+        """Forgets an adapter. Raises EngineError while requests use it."""
+        if self.adapters is None:
+            return
+        num_open = self.scheduler.num_open_with(adapter_id)
+        if num_open:
+            raise EngineError(f"adapter {adapter_id} is in use: {num_open=}")
+        self.adapters.unload(adapter_id)
+
+    def die(self, reason: str) -> list[StepDelta]:
+        """Marks the engine dead and ends every open request with `engine_dead`."""
+        self.dead = Fault("engine_dead", f"the engine stopped: {reason}", retryable=True)
+        return self.scheduler.fail(self.dead)
+
+    def predicted_step_s(self) -> float:
+        """How long a full step should take by the learnt rates; 0 while nothing is known."""
+        return self._rates.predict(self.scheduler.config.max_num_batched_tokens)
+
+    def stats(self) -> EngineStats:
+        """The load now."""
+        scheduler = self.scheduler
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_waiting_tokens=scheduler.num_waiting_tokens,
+            num_free_blocks=scheduler.pool.num_free,
+            num_blocks=scheduler.pool.num_blocks,
+            num_steps=self._num_steps,
+            num_preemptions=scheduler.num_preemptions,
+            num_prompt_tokens=scheduler.num_prompt_tokens,
+            num_cached_tokens=scheduler.num_cached_tokens,
+            num_output_tokens=scheduler.num_output_tokens,
+            prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
+            step_time_s=self._rates.step_time_s,
+            adapters=self.adapters.resident if self.adapters else (),
+        )
+
+    def kv_events(self) -> list[KvEvent]:
+        """What entered and left the prefix cache since the last call, in order."""
+        return self.scheduler.pool.take_events()

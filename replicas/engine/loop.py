@@ -1,0 +1,224 @@
+"""An engine in a thread of its own, so that neither loading nor stepping holds up the event loop.
+
+event loop                               engine thread
+submit, abort ── inbox (deque) ────────► take inbox, EngineCore.step()
+sink(deltas)  ◄─ call_soon_threadsafe ── once per step that has deltas
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from replicas.contract import (
+    AdapterSpec,
+    EngineDeadError,
+    EngineError,
+    EngineFacts,
+    EngineStats,
+    Fault,
+    GenerateRequest,
+    KvEvent,
+    RefusedError,
+    StepDelta,
+    StepSink,
+)
+from replicas.engine.core import EngineCore
+from replicas.engine.limits import refusal
+from replicas.engine.thread import Abort, BuiltEngine, Call, EngineThread
+
+__all__ = ["BuiltEngine", "ThreadedEngine"]
+
+logger = logging.getLogger(__name__)
+
+MIN_STALL_S = 5.0
+STALL_FACTOR = 5.0
+WATCH_PERIOD_S = 1.0
+CLOSE_TIMEOUT_S = 10.0
+
+
+class ThreadedEngine:
+    """`replicas.contract.Engine` around an EngineCore that `build` makes in the engine's own thread.
+
+    `build` may take as long as loading weights takes; an exception of it is raised by `start` as EngineError. The
+    engine is dead when a step fails, when the thread ends, or when there is work and no progress for
+    max(`MIN_STALL_S`, `STALL_FACTOR` × predicted step): open requests then end with `engine_dead`, `submit` refuses,
+    and `stats` raises EngineDeadError.
+    """
+
+    def __init__(self, build: Callable[[], BuiltEngine], clock: Callable[[], float] = time.monotonic) -> None:
+        self._thread = EngineThread(build, clock)
+        self._clock = clock
+        self._sink: StepSink | None = None
+        self._facts: EngineFacts | None = None
+        self._max_open = 0
+        self._open: dict[str, int] = {}  # request id → attempt
+        self._busy_since = 0.0
+        self._adapters: set[str] = set()
+        self._dead: Fault | None = None
+        self._draining = False
+        self._closing = False
+        self._drained = asyncio.Event()
+        self._watch: asyncio.TimerHandle | None = None
+
+    @property
+    def dead(self) -> Fault | None:
+        """Why the engine is of no more use; None while it lives."""
+        return self._dead
+
+    @property
+    def stalled(self) -> bool:
+        """Whether there is work and has been no progress for too long. Loading an adapter is not a stall."""
+        if not self._open or self._thread.is_calling:
+            return False
+        return self._since_progress_s() > max(MIN_STALL_S, STALL_FACTOR * self._thread.predicted_step_s)
+
+    # Engine protocol.
+
+    async def start(self, sink: StepSink) -> EngineFacts:
+        """Builds the engine in its thread and starts stepping. Raises EngineError when it could not be built."""
+        self._sink = sink
+        try:
+            built = await self._thread.start(self)
+        except EngineError:
+            raise
+        except Exception as error:
+            raise EngineError(f"the engine did not start: {type(error).__name__}: {error}") from error
+        self._facts = built.facts
+        limits = built.core.scheduler.config
+        self._max_open = limits.max_num_seqs + limits.max_waiting
+        self._watch_progress()
+        return built.facts
+
+    def submit(self, request: GenerateRequest) -> None:
+        """Accepts a request: exactly one terminal delta follows. Raises RefusedError, then none does."""
+        fault = self._refusal(request)
+        if fault is not None:
+            raise RefusedError(fault)
+        if not self._open:
+            self._busy_since = self._clock()
+        self._open[request.request_id] = request.attempt
+        self._thread.send(request)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request with finish_reason `abort` after the step under way. No-op when finished."""
+        if request_id in self._open:
+            self._thread.send(Abort(request_id))
+
+    async def load_adapter(self, adapter: AdapterSpec) -> None:
+        """Makes an adapter usable. Raises EngineError when the engine has no adapters or cannot load it."""
+        await self._call(lambda core: core.load_adapter(adapter))
+        self._adapters.add(adapter.adapter_id)
+
+    async def unload_adapter(self, adapter_id: str) -> None:
+        """Forgets an adapter: new requests for it are refused. Raises EngineError while requests use it."""
+        known = adapter_id in self._adapters
+        self._adapters.discard(adapter_id)  # first, so that no request for it can be on its way behind the call
+        try:
+            await self._call(lambda core: core.unload_adapter(adapter_id))
+        except EngineError:
+            if known:
+                self._adapters.add(adapter_id)
+            raise
+
+    def stats(self) -> EngineStats:
+        """The load after the last step. Raises EngineDeadError when the engine is dead."""
+        if self._dead is not None:
+            raise EngineDeadError(self._dead.message)
+        stats = self._thread.stats
+        return msgspec.structs.replace(stats, draining=True) if self._draining else stats
+
+    def kv_events(self) -> list[KvEvent]:
+        """Events since the last call, in order."""
+        waiting = self._thread.events
+        events: list[KvEvent] = []
+        while waiting:
+            events.append(waiting.popleft())
+        return events
+
+    async def drain(self) -> None:
+        """Refuses new requests and returns when none is open."""
+        self._draining = True
+        while self._open:
+            self._drained.clear()
+            await self._drained.wait()
+
+    async def close(self) -> None:
+        """Stops after the step under way; open requests end with `engine_dead`. Idempotent."""
+        self._closing = True
+        self._thread.stop()
+        if self._watch is not None:
+            self._watch.cancel()
+        await self._thread.join(CLOSE_TIMEOUT_S)
+        self.bury(Fault("engine_dead", "the engine was closed", retryable=True))
+
+    # What the thread tells (`thread.Outlet`).
+
+    def deliver(self, deltas: list[StepDelta]) -> None:
+        """Once per step."""
+        if self._dead is not None:
+            return  # every open request has had its terminal delta
+        for delta in deltas:
+            if delta.finish_reason is not None:
+                self._open.pop(delta.request_id, None)
+        if not self._open:
+            self._drained.set()
+        assert self._sink is not None
+        self._sink(deltas)
+
+    def bury(self, fault: Fault) -> None:
+        """Marks the engine dead; ends whatever is still open."""
+        if self._dead is not None:
+            return
+        self._dead = fault
+        orphans = [
+            StepDelta(request_id, attempt, finish_reason="error", fault=fault)
+            for request_id, attempt in self._open.items()
+        ]
+        self._open.clear()
+        self._drained.set()
+        self._thread.fail_calls(EngineDeadError(fault.message))
+        if orphans and self._sink is not None:
+            self._sink(orphans)
+
+    def _watch_progress(self) -> None:
+        """A step that never returns cannot report itself."""
+        if self.stalled:
+            self._thread.stop()
+            message = f"work and no progress for {self._since_progress_s():.1f} s"
+            logger.error("engine stalled: %s", message)
+            self.bury(Fault("engine_dead", f"the engine stopped: {message}", retryable=True))
+        if self._dead is None:
+            self._watch = asyncio.get_running_loop().call_later(WATCH_PERIOD_S, self._watch_progress)
+
+    def _since_progress_s(self) -> float:
+        return self._clock() - max(self._thread.progress_at, self._busy_since)
+
+    def _refusal(self, request: GenerateRequest) -> Fault | None:
+        if self._dead is not None:
+            return self._dead
+        if self._draining or self._closing:
+            return Fault("draining", "the engine is draining", retryable=True)
+        assert self._facts is not None, "submit before start"
+        fault = refusal(request, self._facts)
+        if fault is not None:
+            return fault
+        if request.adapter is not None and request.adapter not in self._adapters:
+            message = f"adapter {request.adapter} is not loaded here"
+            return Fault("adapter_not_found", message, retryable=True, param="model")
+        if request.request_id in self._open:
+            return Fault("internal", f"request id {request.request_id} is open already")
+        if len(self._open) >= self._max_open:
+            return Fault("overloaded", f"the engine is full: {len(self._open)} requests are open", retryable=True)
+        return None
+
+    async def _call(self, work: Callable[[EngineCore], None]) -> None:
+        if self._dead is not None or self._closing or self._facts is None:
+            raise EngineDeadError(self._dead.message if self._dead else "the engine is not running")
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._thread.send(Call(work, done))
+        await done

@@ -1,0 +1,334 @@
+"""Which tokens the next step computes, and what its result means for every request.
+
+    add ─► waiting ──admit──► running ──finish──► terminal delta
+              ▲                  │
+              └────preempt───────┘   (recompute later; noise is keyed by position, so the tokens are the same)
+
+A plan is filled in this order, until the token budget or the places are used up:
+  1. decodes: running sequences with one token to compute. First, so that a long prompt never stalls them.
+  2. catching up: running sequences with more to compute, and waiting ones, merged by the order's key.
+
+Blocks. A request is admitted when the blocks of all its known tokens are free beside what the running ones were
+promised, and are taken chunk by chunk as they are filled. Decodes grow beyond that; when no block is left, the running
+sequence that is last in the order gives up its blocks and waits again at its old place. The first in the order is
+never preempted for another, and alone it fits (else it was refused), so it always ends: no deadlock, no livelock.
+
+Copy-on-write happens in one place: a prompt found whole in the cache must still compute its last token, to have logits,
+and that token's KV goes into a copy of the last block: cached blocks never change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from replicas.contract import Fault, GenerateRequest, RefusedError, StepDelta
+from replicas.engine.block_pool import BlockPool
+from replicas.engine.limits import SchedulerConfig, context_length
+from replicas.engine.order import ORDERS, OrderKey, order_key
+from replicas.engine.outcome import finish, terminal
+from replicas.engine.queues import RunningSet, WaitingQueue
+from replicas.engine.sequence import Plan, PlanItem, Sampled, Sequence, StepResult
+
+__all__ = ["Scheduler", "SchedulerConfig"]
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A plan in the making. `promised`: blocks that running sequences still need for tokens they already have."""
+
+    budget: int
+    items: dict[str, PlanItem] = field(default_factory=dict)
+    copies: dict[str, tuple[int, int]] = field(default_factory=dict)
+    promised: int = 0
+
+
+class Scheduler:
+    """Owns the requests of one engine. Synchronous; `clock` gives monotonic seconds."""
+
+    def __init__(self, config: SchedulerConfig, pool: BlockPool, clock: Callable[[], float]) -> None:
+        self.config = config
+        self.pool = pool
+        self.max_len = min(config.max_model_len, pool.num_blocks * pool.block_size)
+        # More than the budget could not all decode in one step.
+        self.max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self.num_preemptions = 0
+        self.num_prompt_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_output_tokens = 0
+        self._clock = clock
+        self._due = ORDERS[config.order]
+        self._num_added = 0
+        self._open: dict[str, Sequence] = {}
+        self._waiting = WaitingQueue()
+        self._running = RunningSet()
+        self._pending: list[StepDelta] = []
+        self._copy_sources: list[int] = []  # held until the copies of the last plan are made
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens to compute before all open requests decode; cache hits of waiting ones are not known yet."""
+        return self._waiting.num_tokens + sum(n for seq in self._running if (n := _remaining(seq)) > 1)
+
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        return tuple(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._open or self._pending)
+
+    def num_open_with(self, adapter_id: str) -> int:
+        """Open requests of one adapter."""
+        return sum(1 for seq in self._open.values() if seq.request.adapter == adapter_id)
+
+    def add(self, request: GenerateRequest) -> None:
+        """Queues a request. Raises RefusedError when it can never run here, the queue is full, or its id is open."""
+        num_prior = (len(request.prompt) + len(request.produced)) // 4
+        if request.num_prompt_tokens >= self.max_len or num_prior > self.max_len:
+            raise RefusedError(context_length(num_prior, self.max_len))
+        if request.request_id in self._open:
+            raise RefusedError(Fault("internal", f"request id {request.request_id} is open already"))
+        if len(self._waiting) >= self.config.max_waiting:
+            message = f"the engine's queue is full: {len(self._waiting)} requests wait"
+            raise RefusedError(Fault("overloaded", message, retryable=True))
+        now = self._clock()
+        seq = Sequence.from_request(request, now)
+        seq.order_key = order_key(self._due(request, now), request.fair_tag, self._num_added)
+        self._num_added += 1
+        self.num_prompt_tokens += seq.num_prompt
+        ended = finish(seq, self.config, self.max_len)
+        if ended is not None:  # an earlier attempt had come to the end already
+            self._pending.append(terminal(seq, ended[0], stop_reason=ended[1]))
+            return
+        self._open[seq.request_id] = seq
+        self._waiting.push(seq)
+
+    def abort(self, request_id: str) -> None:
+        """Frees a request's blocks at once; its terminal delta comes with the next commit. No-op when not open."""
+        seq = self._open.get(request_id)
+        if seq is not None:
+            self._end(seq)
+            self._pending.append(terminal(seq, "abort"))
+
+    def fail(self, fault: Fault) -> list[StepDelta]:
+        """Ends every open request with `fault`; returns their terminal deltas and those still undelivered."""
+        deltas, self._pending = self._pending, []
+        for seq in list(self._open.values()):
+            self._end(seq)
+            deltas.append(terminal(seq, "error", fault=fault))
+        self._release_copy_sources()
+        return deltas
+
+    def plan(self) -> Plan:
+        """The next step. Its tokens are computed and committed before the next call."""
+        self._release_copy_sources()
+        self._expire()
+        draft = _Draft(self.config.max_num_batched_tokens)
+        for seq in [seq for seq in self._running if _remaining(seq) == 1]:
+            if seq in self._running:  # else an earlier decode took its blocks
+                self._compute(draft, seq)
+        catching_up = [seq for seq in self._running if _remaining(seq) > 1]
+        draft.promised = sum(self._blocks_for(seq.num_tokens) - len(seq.block_ids) for seq in catching_up)
+        for seq in catching_up:
+            self._admit_before(draft, seq.order_key)
+            if draft.budget == 0:
+                break
+            if seq in self._running:
+                self._compute(draft, seq)
+        self._admit_before(draft, (float("inf"), 0.0, 0))
+        assert draft.items or not self._open, "requests are open, and none can run"
+        return Plan(tuple(draft.items.values()), tuple(draft.copies.values()))
+
+    def commit(self, plan: Plan, result: StepResult) -> list[StepDelta]:
+        """Takes in what a plan computed: tokens, cache entries, ends. Requests aborted meanwhile are skipped."""
+        self._release_copy_sources()
+        deltas, self._pending = self._pending, []
+        sampled = iter(result.sampled)
+        for item in plan.items:
+            token = next(sampled) if item.samples else None
+            seq = item.seq
+            if self._open.get(seq.request_id) is not seq:
+                continue
+            seq.num_computed = item.start + item.num_tokens
+            if self._wants_prompt_logprobs(seq):
+                seq.prompt_logprobs.extend(result.prompt_logprobs.get(seq.request_id, ()))
+            self._register(seq)
+            if token is not None:
+                deltas.append(self._append(seq, token))
+        return deltas
+
+    def check(self) -> None:
+        """Asserts every invariant of the requests, their blocks and the pool."""
+        self._waiting.check()
+        assert len(self._open) == len(self._waiting) + len(self._running)
+        self._running.check()
+        assert len(self._running) <= self.max_running
+        for seq in self._open.values():
+            waits, runs = seq in self._waiting, seq in self._running
+            assert waits != runs, f"{seq.request_id}: {waits=} {runs=}"
+            assert not waits or (not seq.block_ids and seq.num_computed == 0 and seq.num_registered == 0)
+            assert seq.num_computed < seq.num_tokens <= self.max_len
+            assert seq.num_computed <= len(seq.block_ids) * self.pool.block_size
+            assert len(seq.block_ids) <= self._blocks_for(seq.num_tokens)
+            assert seq.num_registered * self.pool.block_size <= seq.num_computed or not self.config.prefix_caching
+        self.pool.check([*(seq.block_ids for seq in self._running), self._copy_sources])
+
+    # How a plan is filled.
+
+    def _compute(self, draft: _Draft, seq: Sequence) -> None:
+        """Plans a running sequence's next tokens; for blocks it preempts from the end of the order, even itself."""
+        num_tokens = min(_remaining(seq), draft.budget)
+        needed = self._blocks_for(seq.num_computed + num_tokens) - len(seq.block_ids)
+        while needed > self.pool.num_free:
+            victim = self._running.last
+            self._preempt(draft, victim)
+            if victim is seq:
+                return
+        if needed > 0:
+            seq.block_ids.extend(self.pool.allocate(needed))
+            draft.promised -= needed
+        samples = seq.num_computed + num_tokens == seq.num_tokens
+        draft.items[seq.request_id] = PlanItem(seq, seq.num_computed, num_tokens, samples)
+        draft.budget -= num_tokens
+
+    def _admit_before(self, draft: _Draft, limit: OrderKey) -> None:
+        """Admits waiting sequences that come before `limit`, until one does not fit: it is not overtaken."""
+        while draft.budget > 0 and len(self._running) < self.max_running:
+            seq = self._waiting.peek()
+            if seq is None or seq.order_key > limit or not self._has_adapter_slot(seq) or not self._place(draft, seq):
+                return
+            self._waiting.pop()
+            self._running.add(seq)
+            self._compute(draft, seq)
+
+    def _place(self, draft: _Draft, seq: Sequence) -> bool:
+        """Gives a waiting sequence its cached prefix, when the blocks of all its tokens are there."""
+        pool = self.pool
+        # One block to grow into for each running sequence, so that admitting is not followed by preempting.
+        reserved = draft.promised + len(self._running)
+        if self._running and pool.num_free <= reserved:
+            return False
+        matched = self._match(seq)
+        num_computed = min(len(matched) * pool.block_size, seq.num_tokens - 1)
+        copies_last = num_computed < len(matched) * pool.block_size
+        missing = self._blocks_for(seq.num_tokens) - len(matched)
+        if self._running and missing + copies_last + pool.num_idle(matched) + reserved > pool.num_free:
+            return False
+        pool.acquire(matched)
+        seq.block_ids = matched
+        seq.num_registered = len(matched)
+        if copies_last:
+            source = matched.pop()
+            matched.extend(pool.allocate(1))
+            seq.num_registered -= 1
+            self._copy_sources.append(source)
+            draft.copies[seq.request_id] = (source, matched[-1])
+        seq.num_computed = num_computed
+        draft.promised += missing
+        if seq.num_cached is None:
+            seq.num_cached = min(num_computed, seq.num_prompt)
+            self.num_cached_tokens += seq.num_cached
+        return True
+
+    def _match(self, seq: Sequence) -> list[int]:
+        if not self.config.prefix_caching or self._wants_prompt_logprobs(seq):
+            return []
+        return self.pool.match(seq.namespace, seq.tokens)
+
+    def _has_adapter_slot(self, seq: Sequence) -> bool:
+        """A step can hold `max_adapters` adapters; an engine without any ignores them (they are refused earlier)."""
+        adapter = seq.request.adapter
+        if adapter is None or self.config.max_adapters == 0:
+            return True
+        used = {running.request.adapter for running in self._running} - {None}
+        return adapter in used or len(used) < self.config.max_adapters
+
+    def _preempt(self, draft: _Draft, seq: Sequence) -> None:
+        """Takes back a running sequence's blocks, and its part of the draft; it waits at its old place."""
+        item = draft.items.pop(seq.request_id, None)
+        if item is not None:
+            draft.budget += item.num_tokens
+        assert seq.request_id not in draft.copies, "only those before it in the order were admitted in this plan"
+        if _remaining(seq) > 1:
+            draft.promised -= self._blocks_for(seq.num_tokens) - len(seq.block_ids)
+        self._vacate(seq)
+        if self._wants_prompt_logprobs(seq):
+            seq.prompt_logprobs.clear()  # they come again
+        seq.num_preemptions += 1
+        self.num_preemptions += 1
+        self._waiting.push(seq)
+
+    def _expire(self) -> None:
+        for seq in self._waiting.expired(self._clock()):
+            self._end(seq)
+            message = f"the deadline of {seq.request.deadline_s} s passed while the request waited for the engine"
+            self._pending.append(terminal(seq, "error", fault=Fault("deadline_exceeded", message)))
+
+    # What a result means.
+
+    def _register(self, seq: Sequence) -> None:
+        """Offers blocks to the prefix cache once every token in them is computed."""
+        num_full = seq.num_computed // self.pool.block_size
+        if self.config.prefix_caching and num_full > seq.num_registered:
+            self.pool.store(seq.namespace, seq.tokens, seq.block_ids, range(seq.num_registered, num_full))
+            seq.num_registered = num_full
+
+    def _append(self, seq: Sequence, token: Sampled) -> StepDelta:
+        seq.tokens.append(token.token_id)
+        self.num_output_tokens += 1
+        delta = StepDelta(seq.request_id, seq.request.attempt, (token.token_id,))
+        if token.logprob is not None:
+            delta.logprobs = (token.logprob,)
+        if seq.num_tokens == seq.num_prior + 1:
+            delta.num_cached_tokens = seq.num_cached
+            if seq.request.sampling.prompt_logprobs is not None and not seq.request.produced:
+                delta.prompt_logprobs = (None, *seq.prompt_logprobs)
+                seq.prompt_logprobs.clear()
+        ended = finish(seq, self.config, self.max_len)
+        if ended is not None:
+            delta.finish_reason, delta.stop_reason = ended
+            self._end(seq)
+        return delta
+
+    def _wants_prompt_logprobs(self, seq: Sequence) -> bool:
+        """Still to be computed and delivered: cached blocks must not stand in for computing the prompt."""
+        wanted = seq.request.sampling.prompt_logprobs is not None and not seq.request.produced
+        return wanted and seq.num_tokens == seq.num_prior
+
+    # Where sequences and blocks are.
+
+    def _end(self, seq: Sequence) -> None:
+        """Takes a sequence out from wherever it is."""
+        del self._open[seq.request_id]
+        if seq in self._waiting:
+            self._waiting.remove(seq)
+        else:
+            self._vacate(seq)
+
+    def _vacate(self, seq: Sequence) -> None:
+        self._running.remove(seq)
+        self.pool.free(seq.block_ids)
+        seq.block_ids = []
+        seq.num_computed = 0
+        seq.num_registered = 0
+
+    def _release_copy_sources(self) -> None:
+        sources, self._copy_sources = self._copy_sources, []
+        for block_id in sources:
+            self.pool.free((block_id,))
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.pool.block_size)
+
+
+def _remaining(seq: Sequence) -> int:
+    return seq.num_tokens - seq.num_computed

@@ -1,0 +1,88 @@
+"""Filter, weigh, pick: pure functions of a request and a frozen snapshot, with the reasons kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from xxhash import xxh3_64_intdigest
+
+from routing.cost import comparable_rates, matched_tokens, terms
+from routing.types import Candidate, Decision, ReplicaState, RouteRequest, Snapshot
+
+Policy: TypeAlias = Callable[[RouteRequest, Snapshot], Decision]
+"""Never raises: with nobody to pick, the decision's replica is None and every candidate says why."""
+
+TIE_S = 0.001
+"""Costs this close to the lowest are equal: nobody feels it, and noise must not scatter a prefix."""
+
+TOO_LONG = "prompt too long"
+
+
+def unfit(request: RouteRequest, replica: ReplicaState) -> str | None:
+    """Why this replica cannot take the request, or None when it can."""
+    if replica.model != request.model:
+        return "other model"
+    if replica.draining:
+        return "draining"
+    if replica.breaker_open:
+        return "breaker open"
+    if replica.replica_id in request.excluded:
+        return "failed this request"
+    if request.num_prompt_tokens >= replica.max_model_len:
+        return TOO_LONG
+    if replica.num_blocks and request.num_prompt_tokens >= replica.num_blocks * replica.block_size:
+        return TOO_LONG
+    if request.adapter is not None and not replica.max_adapters:
+        return "no adapters"
+    return None
+
+
+def least_wait(request: RouteRequest, snapshot: Snapshot) -> Decision:
+    """The replica with the least expected seconds to the first token, harm to others included (see `routing.cost`).
+
+    Among equals the prompt's first block decides (rendezvous hashing, Thaler and Ravishankar 1998), so that separate
+    ingresses warm the same replica.
+    """
+    refused, fit = split(request, snapshot.replicas)
+    if not fit:
+        return Decision(request.request_id, "least_wait", None, tuple(refused), "no replica can take it")
+    rates = comparable_rates(fit)
+    matched_blocks = snapshot.matched_blocks
+    weighed = []
+    costs = []
+    for replica in fit:
+        matched = matched_tokens(request, matched_blocks.get(replica.replica_id, 0))
+        seconds = terms(request, replica, matched, rates)
+        weighed.append(Candidate(replica.replica_id, matched, seconds))
+        costs.append(sum(seconds.values()))
+    bound = min(costs) + TIE_S
+    best = [c for c, cost in zip(weighed, costs, strict=True) if cost <= bound]
+    winner = best[0] if len(best) == 1 else rendezvous(request, best)
+    reason = "least expected wait" if len(best) == 1 else f"first block's choice among {len(best)} equal"
+    return Decision(request.request_id, "least_wait", winner.replica_id, (*weighed, *refused), reason)
+
+
+def split(request: RouteRequest, replicas: Sequence[ReplicaState]) -> tuple[list[Candidate], list[ReplicaState]]:
+    """Those that should not take the request, as candidates saying why; and those that should.
+
+    Full replicas count as fit only when there are no others.
+    """
+    refused = []
+    fit = []
+    for replica in replicas:
+        reason = unfit(request, replica)
+        if reason is None:
+            fit.append(replica)
+        else:
+            refused.append(Candidate(replica.replica_id, filtered=reason))
+    if any(replica.full for replica in fit) and not all(replica.full for replica in fit):
+        refused += [Candidate(replica.replica_id, filtered="full") for replica in fit if replica.full]
+        fit = [replica for replica in fit if not replica.full]
+    return refused, fit
+
+
+def rendezvous(request: RouteRequest, candidates: Sequence[Candidate]) -> Candidate:
+    """The candidate with the highest hash of (first block, replica); without a full block the request's id decides."""
+    key = request.block_hashes[0] if request.block_hashes else xxh3_64_intdigest(request.request_id.encode())
+    return max(candidates, key=lambda c: (xxh3_64_intdigest(c.replica_id.encode(), key), c.replica_id))

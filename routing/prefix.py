@@ -1,0 +1,40 @@
+"""Chained hashes of prompt blocks: how routing recognises a prefix without looking at tokens twice.
+
+    h0 = xxh3_64(model | adapter@version | salt)        h_i = xxh3_64(token bytes of block i, seed = h_(i-1))
+
+So equal hashes mean equal prompts up to there, in the same model, adapter and tenant; to the router that is a hint,
+never a proof. Tokens stay packed (uint32, little endian): a block is a slice of bytes, never a list.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from xxhash import xxh3_64_intdigest
+
+TOKEN_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """What separates prefix caches: equal tokens in two namespaces share nothing. `adapter` is `name@version`."""
+
+    model: str
+    adapter: str | None = None
+    salt: bytes = b""
+
+    def root(self) -> int:
+        """h0. The parts are length-prefixed, so that no two namespaces run together."""
+        parts = (self.model.encode(), (self.adapter or "").encode(), self.salt)
+        return xxh3_64_intdigest(b"".join(len(part).to_bytes(4, "little") + part for part in parts))
+
+
+def block_hashes(prompt: bytes, block_tokens: int, namespace: Namespace) -> tuple[int, ...]:
+    """One hash per full block of `block_tokens` packed ids, in prompt order; a partial last block has none."""
+    num_bytes = block_tokens * TOKEN_BYTES
+    previous = namespace.root()
+    hashes = []
+    for start in range(0, len(prompt) - num_bytes + 1, num_bytes):
+        previous = xxh3_64_intdigest(prompt[start : start + num_bytes], previous)
+        hashes.append(previous)
+    return tuple(hashes)

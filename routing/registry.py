@@ -1,0 +1,245 @@
+"""Who is there: replicas announce themselves with an expiry, ingresses watch.
+
+    wg:{cluster}:members              set of replica ids
+    wg:{cluster}:member:<replica_id>  JSON of a Member or a Withdrawn, expires after `ttl_s`
+
+Absence proves nothing: Redis may have been emptied or restarted. So a member that is missing stays known for `ttl_s`
+more, in which a live one has announced itself again; one that withdraws leaves a Withdrawn and is dropped at once.
+Whether a member can be reached is for the channel to say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TypeAlias
+
+import msgspec
+
+from routing.store import BadValueError, Command, Reply, Store, StoreError, StoreReplyError
+
+log = logging.getLogger(__name__)
+
+MAX_MEMBERS = 10_000
+
+
+class Member(msgspec.Struct, frozen=True, kw_only=True, tag="member", tag_field="kind"):
+    """A replica that can take requests.
+
+    `epoch` grows with each start of the same `replica_id`, so that a late word of the one before counts for nothing.
+    `endpoint`: unix:///path, usable on `host_id` alone, or tcp://host:port. `started_at`: Unix seconds.
+    """
+
+    replica_id: str
+    group: str
+    model: str
+    endpoint: str
+    epoch: int
+    host_id: str
+    pid: int
+    started_at: float
+    engine: str = ""
+
+
+class Withdrawn(msgspec.Struct, frozen=True, kw_only=True, tag="withdrawn", tag_field="kind"):
+    """The replica takes no more requests."""
+
+    replica_id: str
+    epoch: int
+
+
+_encode = msgspec.json.Encoder().encode
+_decoder = msgspec.json.Decoder(Member | Withdrawn)
+
+Members: TypeAlias = Mapping[str, Member]
+"""By replica id; a snapshot that never changes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegistryOptions:
+    """Seconds. A member lives `ttl_s` beyond its last word and renews it every `announce_s`."""
+
+    ttl_s: float = 5.0
+    announce_s: float = 1.0
+    poll_s: float = 0.25
+    clock: Callable[[], float] = time.monotonic
+
+
+class Announcement:
+    """Keeps one member announced until `withdraw`. Redis being down delays it, nothing else."""
+
+    def __init__(self, store: Store, member: Member, options: RegistryOptions | None = None) -> None:
+        self.member = member
+        self._store = store
+        self._options = options or RegistryOptions()
+        self._index = store.keys("members")
+        self._key = store.keys("member", member.replica_id)
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Announces now and again every `announce_s`; returns at once. Call it once."""
+        assert self._task is None, f"{self.member.replica_id} is announced already"
+        self._task = asyncio.create_task(self._keep(), name=f"announce {self.member.replica_id}")
+
+    async def withdraw(self) -> None:
+        """Stops announcing and tells the watchers; never raises for Redis. Idempotent."""
+        if self._task is None:
+            return
+        task, self._task = self._task, None
+        await _stop(task)
+        try:
+            await self._say(Withdrawn(replica_id=self.member.replica_id, epoch=self.member.epoch))
+        except StoreError as error:
+            log.warning("could not withdraw %s (it expires by itself): %s", self.member.replica_id, error)
+
+    async def _keep(self) -> None:
+        while True:
+            try:
+                await self._say(self.member)
+            except StoreError as error:
+                log.debug("could not announce %s: %s", self.member.replica_id, error)
+            await asyncio.sleep(self._options.announce_s)
+
+    async def _say(self, word: Member | Withdrawn) -> None:
+        ttl_ms = round(self._options.ttl_s * 1000)
+        add: Command = ("SADD", self._index, self.member.replica_id)
+        replies = await self._store.pipeline(
+            [
+                ("SET", self._key, _encode(word), "PX", ttl_ms),
+                add,
+                ("PEXPIRE", self._index, 10 * ttl_ms),  # nobody announces any more: leave nothing behind
+            ]
+        )
+        if isinstance(replies[1], StoreReplyError):  # somebody put a value of another type there
+            await self._store.pipeline([("DEL", self._index), add])
+
+
+class MemberWatch:
+    """An ingress's copy of the member set, kept fresh by a task of its own; reading it never waits.
+
+    While Redis cannot be asked, the last known set stays. Callbacks run on the event loop, once per change.
+    """
+
+    def __init__(self, store: Store, options: RegistryOptions | None = None) -> None:
+        self._store = store
+        self._options = options or RegistryOptions()
+        self._index = store.keys("members")
+        self._members: Members = MappingProxyType({})
+        self._missing_since: dict[str, float] = {}
+        self._callbacks: list[Callable[[Members], None]] = []
+        self._task: asyncio.Task[None] | None = None
+        self._synced_at: float | None = None
+
+    @property
+    def members(self) -> Members:
+        return self._members
+
+    @property
+    def age_s(self) -> float | None:
+        """Seconds since Redis last confirmed the set; None when it never has."""
+        return None if self._synced_at is None else self._options.clock() - self._synced_at
+
+    def subscribe(self, callback: Callable[[Members], None]) -> None:
+        """Calls back with the whole new set after each change, and now when it is not empty."""
+        self._callbacks.append(callback)
+        if self._members:
+            callback(self._members)
+
+    def start(self) -> None:
+        """Begins to watch; returns at once. Call it once."""
+        assert self._task is None, "the watch runs already"
+        self._task = asyncio.create_task(self._keep(), name="watch members")
+
+    async def close(self) -> None:
+        """Stops watching; the last set stays readable. Idempotent."""
+        if self._task is not None:
+            task, self._task = self._task, None
+            await _stop(task)
+
+    async def refresh(self) -> None:
+        """Reads the set once. Raises StoreError, then nothing has changed."""
+        listed = _names(await self._store.execute("SMEMBERS", self._index))
+        ids = sorted(listed | self._members.keys())
+        keys = [self._store.keys("member", replica_id) for replica_id in ids]
+        values = await self._store.execute("MGET", *keys) if keys else []
+        words = {i: self._word(i, key, raw) for i, key, raw in zip(ids, keys, values, strict=True)}
+        self._synced_at = self._options.clock()
+        members = {i: m for i, word in words.items() if (m := self._resolve(i, word)) is not None}
+        await self._prune([i for i in listed if i not in members and words[i] is None])
+        self._publish(members)
+
+    async def _keep(self) -> None:
+        while True:
+            try:
+                await self.refresh()
+            except StoreError as error:
+                log.debug("keeping %d known members: %s", len(self._members), error)
+            await asyncio.sleep(self._options.poll_s)
+
+    def _word(self, replica_id: str, key: str, raw: Reply) -> Member | Withdrawn | None:
+        """What a replica says about itself; None for nothing, or nothing that makes sense."""
+        if raw is None:
+            return None
+        with contextlib.suppress(BadValueError):
+            word: Member | Withdrawn = self._store.decode(key, raw, _decoder)
+            if word.replica_id == replica_id:
+                return word
+            log.warning("%s speaks of %s", key, word.replica_id)
+        return None
+
+    def _resolve(self, replica_id: str, word: Member | Withdrawn | None) -> Member | None:
+        """The member to believe in after hearing `word`."""
+        known = self._members.get(replica_id)
+        if word is None:
+            return self._linger(replica_id, known)
+        self._missing_since.pop(replica_id, None)
+        if known is not None and word.epoch < known.epoch:
+            return known
+        return word if isinstance(word, Member) else None
+
+    def _linger(self, replica_id: str, known: Member | None) -> Member | None:
+        now = self._options.clock()
+        if known is not None and now - self._missing_since.setdefault(replica_id, now) < self._options.ttl_s:
+            return known
+        self._missing_since.pop(replica_id, None)
+        return None
+
+    async def _prune(self, gone: list[str]) -> None:
+        """Takes ids out of the index that stand for nothing; a live replica puts its own back with its next word."""
+        if gone:
+            with contextlib.suppress(StoreError):
+                await self._store.execute("SREM", self._index, *gone)
+
+    def _publish(self, members: dict[str, Member]) -> None:
+        if members == self._members:
+            return
+        self._members = MappingProxyType(members)
+        log.info("members: %s", ", ".join(members) or "none")
+        for callback in self._callbacks:
+            try:
+                callback(self._members)
+            except Exception:  # our bug, but the watch must outlive it
+                log.exception("a member callback failed")
+
+
+def _names(reply: Reply) -> set[str]:
+    """The ids in the index; those that cannot be ids are left out."""
+    names = set()
+    for raw in reply:
+        with contextlib.suppress(UnicodeDecodeError):
+            names.add(raw.decode())
+    if len(names) > MAX_MEMBERS:
+        raise StoreReplyError(f"the member index holds {len(names)} ids, at most {MAX_MEMBERS} make sense")
+    return names
+
+
+async def _stop(task: asyncio.Task[None]) -> None:
+    """Cancels until it is over: a library in between may swallow one cancellation (asyncio.wait_for did)."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=0.1)

@@ -1,0 +1,91 @@
+"""Checks across sections, on configurations whose single values are valid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from configs.check import missing_models, problems
+from configs.errors import show_key
+from configs.schema import Config
+
+BASE: dict[str, Any] = {
+    "models": [{"id": "m", "source": "sim:bytes", "aliases": ["alias"]}],
+    "groups": [{"name": "g", "model": "m", "engine": {"kind": "sim"}}],
+    "tenants": [{"id": "t", "anonymous": True}],
+}
+
+
+def found(**changes: Any) -> list[tuple[str, str]]:
+    config = msgspec.convert({**BASE, **changes}, Config)
+    return [(show_key(problem.key), problem.reason) for problem in problems(config)]
+
+
+def test_a_good_configuration_has_no_problem() -> None:
+    assert found() == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "part"),
+    [
+        (
+            {"models": [*BASE["models"], {"id": "alias", "source": "sim:bytes"}]},
+            "models[1].id",
+            "first given at models[0].aliases[0]",
+        ),
+        (
+            {"models": [*BASE["models"], {"id": "n", "source": "sim:bytes"}]},
+            "models[1].id",
+            "no group serves model 'n'",
+        ),
+        ({"groups": [{"name": "g", "model": "m"}]}, "groups[0].engine", "sim:bytes has no weights"),
+        (
+            {"groups": [{"name": "g", "model": "m", "engine": {"kind": "sim", "block_size": 48}}]},
+            "groups[0].engine.block_size",
+            "must divide the model's route_block_tokens (64), got 48",
+        ),
+        (
+            {"groups": [{"name": "g", "model": "m", "engine": {"kind": "sim", "max_num_batched_tokens": 8}}]},
+            "groups[0].engine.max_num_batched_tokens",
+            "must be at least max_num_seqs (32), got 8",
+        ),
+        ({"tenants": [{"id": "t"}]}, "tenants[0]", "nobody could use it"),
+        ({"tenants": [*BASE["tenants"], {"id": "t", "keys": ["k"]}]}, "tenants[1].id", "duplicate tenant id 't'"),
+        ({"tenants": [*BASE["tenants"], {"id": "u", "anonymous": True}]}, "tenants[1].anonymous", "only one tenant"),
+        ({"tenants": [{"id": "t", "keys": ["k"], "models": ["x"]}]}, "tenants[0].models[0]", "no model 'x'"),
+        ({"redis": {"url": "http://localhost"}}, "redis.url", "expected embedded, redis://"),
+        ({"redis": {"url": "redis://localhost:x"}}, "redis.url", "the port must be 1 to 65535"),
+        ({"http": {"port": 6379}, "redis": {"url": "redis://localhost"}}, "redis.url", "duplicate port '6379'"),
+        ({"channel": {"heartbeat_s": 1.0, "dead_after_s": 1.5}}, "channel.dead_after_s", "at least twice"),
+    ],
+)
+def test_contradiction_is_found_at_its_key(changes: dict[str, Any], key: str, part: str) -> None:
+    found_key, reason = found(**changes)[0]
+    assert found_key == key
+    assert part in reason
+
+
+def test_a_key_given_to_two_tenants_is_found_without_being_shown() -> None:
+    digest = "2c70e12b7a0646f92279f427c7b38e7334d8e5389cff167a1dc30e73f826b683"  # SHA-256 of "key"
+    tenants = [{"id": "t", "keys": ["key"]}, {"id": "u", "key_sha256": [digest]}]
+    assert found(tenants=tenants) == [("tenants[1].key_sha256[0]", "the same key as tenants[0].keys[0]")]
+
+
+def test_models_served_elsewhere_may_share_a_port_number() -> None:
+    assert found(http={"port": 6379}, redis={"url": "redis://store.internal:6379"}) == []
+
+
+def test_missing_model_files_name_the_command_that_gets_them(tmp_path: Path) -> None:
+    models = [
+        {"id": "m", "source": "smollm2-135m"},
+        {"id": "n", "source": "org/name"},
+        {"id": "s", "source": "sim:bytes"},
+    ]
+    config = msgspec.convert({**BASE, "models": models}, Config)
+    reasons = {show_key(problem.key): problem.reason for problem in missing_models(config, tmp_path)}
+    assert set(reasons) == {"models[0].source", "models[1].source"}
+    assert reasons["models[0].source"].endswith("run: warmgate models pull smollm2-135m")
+    assert reasons["models[1].source"].endswith("run: warmgate models pull org/name")

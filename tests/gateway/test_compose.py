@@ -1,0 +1,281 @@
+"""The whole request path in one test process: HTTP, queue, routing, channel, sim replicas, a real Valkey."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from configs.runtime import Runtime
+from configs.schema import AdmissionConfig, ChannelConfig, Config, GroupConfig, ModelConfig, TenantConfig
+from gateway.compose import ComposedGateway, compose
+from gateway.dispatch import FleetDispatcher
+from tests.routing.conftest import Valkey
+
+SLOW_S, FAST_S = 0.2, 0.002
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Stack:
+    """One ingress behind uvicorn and as many sim replica processes as a test starts."""
+
+    runtime: Runtime
+    valkey: Valkey
+    config: Config
+    composed: ComposedGateway
+    server: uvicorn.Server
+    client: httpx.AsyncClient
+    processes: dict[str, asyncio.subprocess.Process] = field(default_factory=dict)
+
+    async def replica(self, replica_id: str, step_s: float = FAST_S) -> None:
+        """Starts a replica and waits until it is ready here."""
+        before = self.num_ready
+        command = [sys.executable, "-m", "tests.gateway.replica_main", self.runtime.redis_url,
+                   str(self.runtime.run_dir), replica_id, str(step_s)]  # fmt: skip
+        self.processes[replica_id] = await asyncio.create_subprocess_exec(*command, cwd=ROOT)
+        await until(lambda: self.num_ready > before, 20.0)
+
+    def kill(self, replica_id: str) -> None:
+        """SIGKILL: no farewell to anyone."""
+        self.processes[replica_id].kill()
+
+    @property
+    def num_ready(self) -> int:
+        return self.composed.gateway.dispatcher.num_ready("m")
+
+    @property
+    def busiest(self) -> str:
+        """The replica with requests of ours."""
+        return max(self.composed.fleet.states("m"), key=lambda s: s.num_running + s.num_waiting + s.num_sent).replica_id
+
+    def idle(self) -> bool:
+        admission = self.composed.admission
+        states = self.composed.fleet.states("m")
+        in_flight = sum(s.num_running + s.num_waiting + s.num_sent for s in states)
+        return not (admission.num_waiting or admission.num_unplaced or in_flight)
+
+
+@pytest.fixture
+def valkey() -> Iterator[Valkey]:
+    folder = Path(tempfile.mkdtemp(prefix="wg-test-"))
+    server = Valkey(folder)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+async def stack(valkey: Valkey) -> AsyncIterator[Stack]:
+    config = Config(
+        cluster="test",
+        models=(ModelConfig(id="m", source="sim:bytes", default_max_tokens=64),),
+        groups=(GroupConfig(name="g", model="m"),),
+        tenants=(TenantConfig(id="local", anonymous=True),),
+        channel=ChannelConfig(heartbeat_s=0.2, dead_after_s=0.6),
+        admission=AdmissionConfig(max_ahead_per_replica=4),
+    )
+    folder = valkey.path.parent
+    runtime = Runtime(run_dir=folder, home=folder, redis_url=valkey.url, secret=b"s" * 32, instance="test")
+    composed = await compose(config, runtime)
+    await composed.start()
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(composed.app, log_level="warning", lifespan="off"))
+    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{sock.getsockname()[1]}", timeout=30, trust_env=False)
+    stack = Stack(runtime, valkey, config, composed, server, client)
+    try:
+        await until(lambda: server.started)
+        yield stack
+    finally:
+        await client.aclose()
+        server.should_exit = True
+        await serving
+        await composed.close()
+        for process in stack.processes.values():
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+
+def body(content: str = "hello", **fields: Any) -> dict[str, Any]:
+    return {"model": "m", "messages": [{"role": "user", "content": content}], "ignore_eos": True, **fields}
+
+
+async def events(response: httpx.Response) -> AsyncIterator[Any]:
+    """What comes after each `data: `, decoded; `[DONE]` as it is."""
+    async for line in response.aiter_lines():
+        if line.startswith("data: "):
+            data = line.removeprefix("data: ")
+            yield data if data == "[DONE]" else json.loads(data)
+
+
+async def text_of(stack: Stack, **fields: Any) -> str:
+    answer = await stack.client.post("/v1/chat/completions", json=body(**fields))
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["choices"][0]["message"]["content"])
+
+
+async def until(holds: Callable[[], bool], seconds: float = 5.0) -> None:
+    for _ in range(round(seconds / 0.01)):
+        if holds():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"not within {seconds} s")
+
+
+async def test_chat_is_answered_whole_and_streamed_alike_by_two_replicas(stack: Stack) -> None:
+    await stack.replica("a")
+    await stack.replica("b")
+    assert (await stack.client.get("/ready")).status_code == 200
+    whole = await text_of(stack, seed=7, max_tokens=20)
+    assert len(whole) == 20
+    streamed, last = "", None
+    async with stack.client.stream("POST", "/v1/chat/completions", json=body(seed=7, max_tokens=20, stream=True)) as r:
+        assert r.status_code == 200
+        async for event in events(r):
+            if event != "[DONE]":
+                streamed += event["choices"][0]["delta"].get("content") or ""
+            last = event
+    assert streamed == whole
+    assert last == "[DONE]"
+    await until(stack.idle)
+
+
+async def test_many_at_once_never_mix_and_leave_nothing_behind(stack: Stack) -> None:
+    await stack.replica("a")
+    await stack.replica("b")
+    alone = [await text_of(stack, content=f"question {i}", seed=i, max_tokens=12) for i in range(6)]
+    together = await asyncio.gather(
+        *(text_of(stack, content=f"question {i % 6}", seed=i % 6, max_tokens=12) for i in range(60))
+    )
+    assert list(together) == [alone[i % 6] for i in range(60)]
+    await until(stack.idle)
+
+
+async def test_a_replica_killed_before_the_first_token_is_not_noticed(stack: Stack) -> None:
+    await stack.replica("a", step_s=SLOW_S)
+    await stack.replica("b", step_s=SLOW_S)
+    expected = await text_of(stack, content="who are you?", seed=3, max_tokens=3)
+    asking = asyncio.create_task(text_of(stack, content="who are you?", seed=3, max_tokens=3))
+    await until(lambda: not stack.idle())
+    stack.kill(stack.busiest)
+    assert await asking == expected
+    assert stack.num_ready == 1
+    assert 'warmgate_retries_total{reason="lost"} 1.0' in (await stack.client.get("/metrics")).text
+
+
+async def test_a_replica_killed_later_is_an_error_event_within_a_second(stack: Stack) -> None:
+    await stack.replica("a", step_s=0.05)
+    await stack.replica("b", step_s=0.05)
+    seen: list[Any] = []
+    killed_at = 0.0
+    async with stack.client.stream("POST", "/v1/chat/completions", json=body(max_tokens=500, stream=True)) as response:
+        async for event in events(response):
+            seen.append(event)
+            if len(seen) == 5:
+                stack.kill(stack.busiest)
+                killed_at = time.monotonic()
+    assert time.monotonic() - killed_at < 1.0
+    assert seen[-1]["error"]["code"] == "replica_lost"
+    assert "[DONE]" not in seen
+    assert await text_of(stack, max_tokens=3), "the other one serves on"
+    await until(stack.idle)
+
+
+async def test_a_replica_that_freezes_is_as_good_as_dead(stack: Stack) -> None:
+    await stack.replica("a", step_s=0.05)
+    await stack.replica("b", step_s=0.05)
+    seen: list[Any] = []
+    frozen_at = 0.0
+    async with stack.client.stream("POST", "/v1/chat/completions", json=body(max_tokens=500, stream=True)) as response:
+        async for event in events(response):
+            seen.append(event)
+            if len(seen) == 5:
+                stack.processes[stack.busiest].send_signal(signal.SIGSTOP)
+                frozen_at = time.monotonic()
+    assert time.monotonic() - frozen_at < 2.0
+    assert seen[-1]["error"]["code"] == "replica_lost"
+    assert await text_of(stack, max_tokens=3)
+
+
+async def test_a_client_that_leaves_frees_its_place(stack: Stack) -> None:
+    await stack.replica("a", step_s=0.02)
+    async with stack.client.stream("POST", "/v1/chat/completions", json=body(max_tokens=5000, stream=True)) as response:
+        async for _ in events(response):
+            break
+    await until(stack.idle)
+    assert not stack.composed.fleet._slots["a"].num_in_flight
+
+
+async def test_requests_wait_for_a_replica_that_is_being_replaced(stack: Stack) -> None:
+    await stack.replica("a")
+    await text_of(stack, max_tokens=3)
+    stack.kill("a")
+    await until(lambda: not stack.num_ready)
+    asking = asyncio.create_task(text_of(stack, max_tokens=3))
+    await asyncio.sleep(0.2)
+    assert not asking.done()
+    await stack.replica("a2")
+    assert await asking
+
+
+async def test_redis_killed_costs_no_request(stack: Stack) -> None:
+    await stack.replica("a")
+    stack.valkey.kill()
+    for i in range(5):
+        assert await text_of(stack, content=f"{i}", max_tokens=3)
+
+
+async def test_where_a_request_went_can_be_asked(stack: Stack) -> None:
+    await stack.replica("a")
+    await text_of(stack, content="x" * 200, max_tokens=2)
+    dispatcher = stack.composed.gateway.dispatcher
+    assert isinstance(dispatcher, FleetDispatcher)
+    (decision,) = dispatcher.router._kept.values()
+    assert decision.replica_id == "a"
+    assert set(decision.candidates[0].terms_s) >= {"queue", "prefill"}
+
+
+async def test_an_ingress_starts_at_once_and_closes_twice_without_redis_or_replicas(tmp_path: Path) -> None:
+    config = Config(
+        models=(ModelConfig(id="m", source="sim:bytes"),),
+        groups=(GroupConfig(name="g", model="m"),),
+        tenants=(TenantConfig(id="t", anonymous=True),),
+    )
+    runtime = Runtime(tmp_path, tmp_path, f"unix://{tmp_path}/none.sock", b"s" * 32, "test")
+    composed = await compose(config, runtime)
+    began = time.monotonic()
+    await composed.start()
+    assert time.monotonic() - began < 1.0
+    composed.check_health()
+    await composed.close()
+    await composed.close()
+    with pytest.raises(RuntimeError):
+        composed.check_health()
+
+
+def test_the_ingress_imports_neither_torch_nor_transformers_nor_ray() -> None:
+    heavy = ("torch", "transformers", "ray", "vllm")
+    code = f"import sys, gateway.compose; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,487 @@
+"""Two real ends of the channel over real sockets: multiplexing, attempts, back-pressure, refusals, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import uvloop
+
+from replicas.channel import (
+    ChannelServer,
+    EndpointError,
+    FrameTooLargeError,
+    LinkLostError,
+    LinkOptions,
+    ReplicaLink,
+    ServerOptions,
+)
+from replicas.channel.frames import Abort, Open, Step, decode_replica, encode
+from replicas.contract import Fault, StepDelta, TokenLogprob
+from tests.replicas.scripted import FACTS, SECRET, ScriptedEngine, counting, request, until
+
+
+class Pair:
+    """A server on its endpoint, its engine, and links to it."""
+
+    def __init__(self, engine: ScriptedEngine, server: ChannelServer) -> None:
+        self.engine = engine
+        self.server = server
+        self.links: list[ReplicaLink] = []
+
+    async def link(self, ingress_id: str = "ingress-1", options: LinkOptions | None = None) -> ReplicaLink:
+        link = await ReplicaLink.connect(self.server.endpoints[0], SECRET, ingress_id, options)
+        self.links.append(link)
+        return link
+
+
+@asynccontextmanager
+async def serving(endpoint: str, options: ServerOptions | None = None) -> AsyncIterator[Pair]:
+    engine = ScriptedEngine()
+    server = ChannelServer(engine, "replica-1", SECRET, options)
+    await server.start([endpoint])
+    pair = Pair(engine, server)
+    try:
+        yield pair
+    finally:
+        for link in pair.links:
+            await link.close()
+        await server.close()
+
+
+@pytest.fixture(params=["unix", "tcp"])
+async def pair(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Pair]:
+    endpoint = f"unix://{tmp_path}/r.sock" if request.param == "unix" else "tcp://127.0.0.1:0"
+    async with serving(endpoint) as pair:
+        yield pair
+
+
+@pytest.fixture
+async def unix(tmp_path: Path) -> AsyncIterator[Pair]:
+    async with serving(f"unix://{tmp_path}/r.sock") as pair:
+        yield pair
+
+
+async def read(stream: AsyncIterator[StepDelta]) -> list[StepDelta]:
+    return [delta async for delta in stream]
+
+
+def frames_sent(pair: Pair) -> int:
+    return sum(connection.num_frames_sent for connection in pair.server._connections)
+
+
+async def test_two_hundred_streams_over_one_connection_never_mix(pair: Pair) -> None:
+    link = await pair.link()
+    readers = {f"r{i}": asyncio.create_task(read(link.open(request(f"r{i}")))) for i in range(200)}
+    await until(lambda: len(pair.engine.open) == 200)
+    write = counting(10)
+    for _ in range(10):
+        pair.engine.step(write)
+        await asyncio.sleep(0)
+    assert pair.server.num_ingresses == 1
+    for request_id, task in readers.items():
+        deltas = await task
+        assert [t for d in deltas for t in d.token_ids] == list(range(10))
+        assert "".join(d.text for d in deltas) == "".join(f"{request_id}:{i} " for i in range(10))
+        assert {d.request_id for d in deltas} == {request_id}
+        assert [d.finish_reason for d in deltas if d.finish_reason] == ["length"]
+        assert deltas[0].num_cached_tokens == 2
+    assert link.num_open == pair.server.num_open == 0
+
+
+def test_the_channel_runs_on_uvloop_too(tmp_path: Path) -> None:
+    async def talk(endpoint: str) -> None:
+        async with serving(endpoint) as pair:
+            link = await pair.link()
+            streams = [link.open(request(f"r{i}")) for i in range(20)]
+            await until(lambda: len(pair.engine.open) == 20)
+            streams[0].cancel()
+            await until(lambda: pair.engine.aborted)
+            pair.engine.step(counting(1))
+            for stream in streams[1:]:
+                assert [d.finish_reason for d in await read(stream)] == ["length"]
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(talk(f"unix://{tmp_path}/r.sock"))
+        runner.run(talk("tcp://127.0.0.1:0"))
+
+
+async def test_the_whole_request_arrives_as_it_was_sent(pair: Pair) -> None:
+    link = await pair.link()
+    sent = request("r", attempt=3)
+    link.open(sent)
+    await until(lambda: pair.engine.submitted)
+    (got,) = pair.engine.submitted
+    assert (got.prompt, got.sampling, got.fair_tag, got.deadline_s, got.salt, got.adapter, got.priority) == (
+        sent.prompt,
+        sent.sampling,
+        12.5,
+        9.0,
+        b"salt",
+        "lora@3",
+        -1,
+    )
+    assert (got.attempt, got.tenant) == (3, "acme")
+
+
+async def test_all_deltas_of_a_step_leave_in_one_write_per_ingress(unix: Pair) -> None:
+    links = [await unix.link(f"ingress-{i}", LinkOptions(heartbeat_s=60, dead_after_s=90)) for i in range(2)]
+    for i in range(20):
+        links[i % 2].open(request(f"r{i}"))
+    await until(lambda: len(unix.engine.open) == 20)
+    writes: list[bytes] = []
+    for connection in unix.server._connections:
+        transport = connection.transport
+        connection.transport = Tap(transport, writes)  # type: ignore[assignment]
+    unix.engine.step(counting(5))
+    assert len(writes) == 2
+    for write in writes:
+        frame = decode_replica(write[4:])
+        assert isinstance(frame, Step)
+        assert len(frame.deltas) == 10
+        assert frame.stats.num_running == 20
+
+
+class Tap:
+    """A transport that also writes down what is written."""
+
+    def __init__(self, inner: asyncio.Transport, writes: list[bytes]) -> None:
+        self._inner = inner
+        self._writes = writes
+
+    def write(self, data: bytes) -> None:
+        self._writes.append(data)
+        self._inner.write(data)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._inner, name)
+
+
+async def test_stats_come_with_the_welcome_with_steps_and_with_heartbeats_when_idle(tmp_path: Path) -> None:
+    async with serving(f"unix://{tmp_path}/r.sock", ServerOptions(heartbeat_s=0.05)) as pair:
+        pair.engine.num_steps = 7
+        seen: list[int] = []
+        link = await pair.link(options=LinkOptions(on_stats=lambda link: seen.append(link.stats.num_steps)))
+        assert (link.replica_id, link.facts, link.stats.num_steps) == ("replica-1", FACTS, 7)
+        link.open(request("r"))
+        await until(lambda: pair.engine.open)
+        pair.engine.step(counting(3))
+        await until(lambda: 8 in seen)
+        pair.engine.num_steps = 100  # no step: only a heartbeat can tell
+        before = link.stats_at
+        await until(lambda: link.stats.num_steps == 100)
+        assert link.stats_at > before
+
+
+async def test_a_slow_reader_delays_nobody_and_loses_nothing(unix: Pair) -> None:
+    link = await unix.link(options=LinkOptions(high_water=4, low_water=1))
+    slow = link.open(request("slow", max_tokens=1000))
+    fast = asyncio.create_task(read(link.open(request("fast", max_tokens=1000))))
+    await until(lambda: len(unix.engine.open) == 2)
+    write = counting(300)
+    for _ in range(300):
+        unix.engine.step(write)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    fast_deltas = await asyncio.wait_for(fast, 5)  # `slow` was not read at all meanwhile
+    assert [t for d in fast_deltas for t in d.token_ids] == list(range(300))
+    slow_deltas = await asyncio.wait_for(read(slow), 5)
+    assert [t for d in slow_deltas for t in d.token_ids] == list(range(300))
+    assert "".join(d.text for d in slow_deltas) == "".join(f"slow:{i} " for i in range(300))
+    assert slow_deltas[-1].finish_reason == "length"
+    assert len(slow_deltas) < 150, "the replica merged what the reader could not take"
+    assert [d.num_cached_tokens for d in slow_deltas if d.num_cached_tokens is not None] == [2]
+
+
+async def test_an_ingress_that_does_not_read_gets_its_deltas_merged_per_stream(unix: Pair) -> None:
+    link = await unix.link(options=LinkOptions(dead_after_s=60))
+    readers = [asyncio.create_task(read(link.open(request(f"r{i}", max_tokens=10**6)))) for i in range(3)]
+    await until(lambda: len(unix.engine.open) == 3)
+    (connection,) = unix.server._connections
+    link._connection.transport.pause_reading()
+    write = counting(4000)
+    for _ in range(4000):  # far more than the socket and its write buffer hold
+        unix.engine.step(write)
+        if not connection.writable:
+            break
+    assert not connection.writable
+    frames_before = connection.num_frames_sent
+    while unix.engine.open:
+        unix.engine.step(write)
+    assert connection.num_frames_sent == frames_before, "nothing is queued on a socket that is full"
+    link._connection.transport.resume_reading()
+    for i, reader in enumerate(readers):
+        deltas = await asyncio.wait_for(reader, 10)
+        assert [t for d in deltas for t in d.token_ids] == list(range(4000))
+        assert "".join(d.text for d in deltas) == "".join(f"r{i}:{n} " for n in range(4000))
+    assert connection.num_frames_sent <= frames_before + 3
+
+
+async def test_merged_deltas_keep_logprobs_and_the_fault(unix: Pair) -> None:
+    link = await unix.link(options=LinkOptions(high_water=0, low_water=0))
+    stream = link.open(request("r"))
+    await until(lambda: unix.engine.open)
+    n = 0
+
+    def write(r: object) -> StepDelta:
+        nonlocal n
+        n += 1
+        engine_id = next(iter(unix.engine.open))
+        prompt = (None, TokenLogprob(7, -0.5)) if n == 1 else None
+        logprobs = (TokenLogprob(n, -float(n), ((n, -1.0),)),)
+        return StepDelta(engine_id, token_ids=(n,), logprobs=logprobs, prompt_logprobs=prompt)
+
+    for _ in range(3):
+        unix.engine.step(write)
+        await asyncio.sleep(0.01)
+    fault = Fault("deadline_exceeded", "too late")
+    unix.engine.step(lambda r: StepDelta(r.request_id, finish_reason="error", fault=fault))
+    deltas = await read(stream)
+    assert [t for d in deltas for t in d.token_ids] == [1, 2, 3]
+    assert [p.logprob for d in deltas for p in d.logprobs or ()] == [-1.0, -2.0, -3.0]
+    assert deltas[0].prompt_logprobs == (None, TokenLogprob(7, -0.5))
+    assert (deltas[-1].finish_reason, deltas[-1].fault) == ("error", fault)
+    assert len(deltas) == 2
+
+
+async def test_frames_of_an_older_attempt_are_dropped_on_both_sides(unix: Pair) -> None:
+    link = await unix.link()
+    old = link.open(request("r", attempt=1))
+    await until(lambda: unix.engine.open)
+    new = link.open(request("r", attempt=2))
+    assert await read(old) == []
+    await until(lambda: [r.attempt for r in unix.engine.open.values()] == [2])
+    link.send(Open(request("r", attempt=1)))  # late frames of attempt 1, and a repeated one of attempt 2
+    link.send(Open(request("r", attempt=2)))
+    link.send(Abort("r", 1))
+    (connection,) = unix.server._connections
+    await until(lambda: connection.num_stale_frames == 3)
+    assert [r.attempt for r in unix.engine.submitted] == [1, 2]
+    stale = StepDelta("r", attempt=1, token_ids=(99,), finish_reason="stop")
+    connection.send(Step(unix.engine.stats(), [stale]))
+    unix.engine.step(counting(1))
+    deltas = await read(new)
+    assert [(d.attempt, d.token_ids, d.finish_reason) for d in deltas] == [(2, (0,), "length")]
+    assert link.num_stale_deltas == 1
+    with pytest.raises(LinkLostError):
+        await link.close()
+        link.open(request("r", attempt=3))
+
+
+async def test_opening_the_same_attempt_twice_is_the_callers_error(unix: Pair) -> None:
+    link = await unix.link()
+    link.open(request("r", attempt=2))
+    with pytest.raises(ValueError, match="attempt 2, not 2"):
+        link.open(request("r", attempt=2))
+    with pytest.raises(ValueError, match="attempt 2, not 1"):
+        link.open(request("r", attempt=1))
+
+
+async def test_the_same_request_id_from_two_ingresses_is_two_requests(unix: Pair) -> None:
+    one, two = await unix.link("a"), await unix.link("b")
+    streams = [one.open(request("same")), two.open(request("same"))]
+    await until(lambda: len(unix.engine.open) == 2)
+    streams[0].cancel()
+    await until(lambda: len(unix.engine.open) == 1)
+    unix.engine.step(counting(1))
+    assert [d.finish_reason for d in await read(streams[1])] == ["length"]
+
+
+async def test_cancel_aborts_at_the_replica_once_and_ends_the_reader(unix: Pair) -> None:
+    link = await unix.link()
+    stream = link.open(request("r"))
+    reader = asyncio.create_task(read(stream))
+    await until(lambda: unix.engine.open)
+    unix.engine.step(counting(5))
+    await asyncio.sleep(0.02)
+    stream.cancel()
+    stream.cancel()
+    assert len(await reader) == 1
+    await until(lambda: unix.engine.aborted)
+    await asyncio.sleep(0.02)
+    assert len(unix.engine.aborted) == 1
+    assert unix.server.num_open == link.num_open == 0
+    (connection,) = unix.server._connections
+    assert connection.num_stale_frames == 0
+
+
+async def test_a_paused_stream_can_be_cancelled(unix: Pair) -> None:
+    link = await unix.link(options=LinkOptions(high_water=1, low_water=0))
+    stream = link.open(request("r"))
+    await until(lambda: unix.engine.open)
+    write = counting(50)
+    for _ in range(50):
+        unix.engine.step(write)
+        await asyncio.sleep(0.001)
+    assert unix.server.num_open == 1, "the end waits at the replica for the reader"
+    stream.cancel()
+    await until(lambda: unix.server.num_open == 0)
+    assert unix.engine.aborted == [], "the engine had finished it long before"
+
+
+async def test_a_refused_request_ends_in_one_delta_with_the_fault(pair: Pair) -> None:
+    fault = Fault("context_length_exceeded", "needed=9 max=8", param="prompt")
+    pair.engine.refuse["too-long"] = fault
+    link = await pair.link()
+    (delta,) = await read(link.open(request("too-long")))
+    assert (delta.request_id, delta.finish_reason, delta.fault) == ("too-long", "error", fault)
+    assert pair.server.num_open == 0
+
+
+async def test_a_bug_in_submit_costs_its_own_request_only(unix: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = await unix.link()
+    good = link.open(request("good"))
+    await until(lambda: unix.engine.open)
+    monkeypatch.setattr(unix.engine, "submit", lambda request: 1 / 0)
+    (delta,) = await read(link.open(request("bad")))
+    assert delta.fault is not None
+    assert delta.fault.code == "internal"
+    unix.engine.step(counting(1))
+    assert [d.finish_reason for d in await read(good)] == ["length"]
+
+
+async def test_draining_refuses_new_requests_and_waits_for_the_running_ones(unix: Pair) -> None:
+    link = await unix.link(options=LinkOptions(heartbeat_s=60, dead_after_s=90))
+    running = link.open(request("running"))
+    await until(lambda: unix.engine.open)
+    drain = asyncio.create_task(unix.server.drain())
+    await until(lambda: link.stats.draining)
+    (delta,) = await read(link.open(request("late")))
+    assert delta.fault is not None
+    assert (delta.fault.code, delta.fault.retryable) == ("draining", True)
+    assert not drain.done()
+    unix.engine.step(counting(1))
+    assert [d.finish_reason for d in await read(running)] == ["length"]
+    await asyncio.wait_for(drain, 2)
+
+
+async def test_drain_waits_for_a_paused_reader_to_take_the_end(unix: Pair) -> None:
+    link = await unix.link(options=LinkOptions(high_water=1, low_water=0))
+    stream = link.open(request("r"))
+    await until(lambda: unix.engine.open)
+    write = counting(20)
+    for _ in range(20):
+        unix.engine.step(write)
+        await asyncio.sleep(0.001)
+    drain = asyncio.create_task(unix.server.drain())
+    await asyncio.sleep(0.05)
+    assert not drain.done()
+    assert len([t for d in await read(stream) for t in d.token_ids]) == 20
+    await asyncio.wait_for(drain, 2)
+
+
+async def test_closing_the_server_ends_open_requests_with_engine_dead_and_then_the_link(pair: Pair) -> None:
+    lost: list[str] = []
+    link = await pair.link(options=LinkOptions(on_lost=lambda link: lost.append(link.replica_id)))
+    stream = link.open(request("r"))
+    await until(lambda: pair.engine.open)
+    await pair.server.close()
+    (delta,) = await read(stream)
+    assert delta.fault is not None
+    assert delta.fault.code == "engine_dead"
+    await until(lambda: lost)
+    assert lost == ["replica-1"]
+    assert not link.alive
+
+
+async def test_a_failed_engine_ends_what_is_open_and_refuses_what_comes(unix: Pair) -> None:
+    link = await unix.link()
+    stream = link.open(request("r"))
+    await until(lambda: unix.engine.open)
+    fault = Fault("engine_dead", "no progress for 7 s", retryable=True)
+    unix.server.fail_open(fault)
+    assert [d.fault for d in await read(stream)] == [fault]
+    assert [d.fault for d in await read(link.open(request("next")))] == [fault]
+
+
+async def test_closing_a_link_aborts_its_requests_and_raises_for_its_readers(unix: Pair) -> None:
+    records: list[object] = []
+    unix.server.options = ServerOptions(journal=records.extend)
+    lost: list[ReplicaLink] = []
+    link = await unix.link(options=LinkOptions(on_lost=lost.append))
+    stream = link.open(request("r"))
+    await until(lambda: unix.engine.open)
+    await link.close()
+    await link.close()
+    with pytest.raises(LinkLostError, match="closed by this side"):
+        await read(stream)
+    await until(lambda: not unix.engine.open and unix.server.num_ingresses == 0)
+    assert lost == [], "the owner knows: it closed the link"
+    assert records == [], "an ingress that says goodbye closes its own records"
+
+
+async def test_a_request_beyond_the_frame_bound_is_refused_before_it_is_sent(unix: Pair) -> None:
+    link = await unix.link(options=LinkOptions(max_frame_bytes=1000))
+    with pytest.raises(FrameTooLargeError, match="allowed 1000"):
+        link.open(request("r", num_prompt=500))
+    assert link.num_open == 0
+    link.open(request("r"))
+    await until(lambda: unix.engine.open)
+
+
+async def test_a_prompt_of_two_million_tokens_crosses_in_many_reads(pair: Pair) -> None:
+    link = await pair.link()
+    big = request("big", num_prompt=2_000_000)
+    link.open(big)
+    link.open(request("small"))
+    await until(lambda: len(pair.engine.submitted) == 2, 10)
+    assert pair.engine.submitted[0].prompt == big.prompt
+
+
+async def test_a_socket_file_is_for_its_owner_only_and_goes_with_the_server(tmp_path: Path) -> None:
+    path = tmp_path / "r.sock"
+    async with serving(f"unix://{path}"):
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    assert not path.exists()
+
+
+async def test_a_stale_socket_file_is_replaced_but_a_live_one_and_a_plain_file_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "r.sock"
+    async with serving(f"unix://{path}"):
+        with pytest.raises(EndpointError, match="in use by a running server"):
+            async with serving(f"unix://{path}"):
+                pass
+        os.rename(path, tmp_path / "left-behind")
+    os.rename(tmp_path / "left-behind", path)  # its server is gone now
+    async with serving(f"unix://{path}") as pair:
+        await pair.link()
+    path.write_text("a note")
+    with pytest.raises(EndpointError, match="not a socket"):
+        async with serving(f"unix://{path}"):
+            pass
+    assert path.read_text() == "a note"
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "message"),
+    [
+        ("unix:///tmp/" + "x" * 103, "has 108 bytes, the system allows 107: choose a shorter run folder"),
+        ("unix://relative", "neither unix"),
+        ("tcp://host", "neither unix"),
+        ("tcp://host:99999", "neither unix"),
+        ("http://host:1", "neither unix"),
+        ("unix:///nonexistent-folder/r.sock", "No such file"),
+    ],
+)
+async def test_an_unusable_endpoint_is_refused_with_its_reason(endpoint: str, message: str) -> None:
+    with pytest.raises(EndpointError, match=message):
+        async with serving(endpoint):
+            pass
+    with pytest.raises(EndpointError):
+        await ReplicaLink.connect(endpoint, SECRET, "ingress")
+
+
+async def test_connecting_where_nobody_listens_is_an_endpoint_error(tmp_path: Path) -> None:
+    with pytest.raises(EndpointError, match="cannot reach unix"):
+        await ReplicaLink.connect(f"unix://{tmp_path}/nobody.sock", SECRET, "ingress")
+
+
+def test_a_step_frame_of_64_deltas_stays_small() -> None:
+    deltas = [StepDelta(f"chatcmpl-{i:024x}", token_ids=(1234,), text=" token") for i in range(64)]
+    frame = encode(Step(ScriptedEngine().stats(), deltas))
+    assert len(frame) < 64 * 80
