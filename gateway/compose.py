@@ -23,6 +23,7 @@ from gateway.admission import Admission
 from gateway.app import build_app
 from gateway.dispatch import FleetDispatcher
 from gateway.fleet import Fleet
+from gateway.fleet_metrics import FleetCollector
 from gateway.ledger import Ledger
 from gateway.prompt import Prompter
 from gateway.router import Router
@@ -87,6 +88,7 @@ async def compose(config: Config, runtime: Runtime, random: Random | None = None
     store = Store(runtime.redis_url, config.cluster, StoreOptions(timeout_s=config.redis.timeout_s))
     index = PrefixIndex(config.routing.max_index_blocks)
     fleet = Fleet(config, channel_connect(config, runtime.secret, ingress_id), index, around)
+    around.metrics.registry.register(FleetCollector(fleet))
     admission = Admission(config.admission, fleet, around.clock, around.metrics)
     router = Router(fleet, config.routing, around)
     usage_log = config.telemetry.usage_log

@@ -98,12 +98,17 @@ class Fleet:
         """Every replica of the model that is connected."""
         return tuple([state for slot in self._of(model_id) if (state := slot.state()) is not None])
 
+    def links(self) -> list[tuple[Member, Link]]:
+        """Every member that is connected, with its link."""
+        pairs = [(member, self._slots[replica_id].link) for replica_id, member in self._members.items()]
+        return [(member, link) for member, link in pairs if link is not None]
+
     def subscribe(self, callback: Callable[[str], None]) -> None:
-        """Calls back with a model's id whenever it may have more places than before, or has no replica any more."""
+        """Calls back with a model's id whenever it has more places than before, or a replica more or less is ready."""
         self._subscribers.append(callback)
 
     async def change(self) -> None:
-        """Returns when some model has more places than before, or lost a replica."""
+        """Returns when some model has more places than before, or a replica more or less."""
         sleeper = asyncio.get_running_loop().create_future()
         self._sleepers.add(sleeper)
         try:
@@ -293,7 +298,7 @@ class Fleet:
             return
         self._counted[slot] = now
         self._free[slot.model_id] = self._free.get(slot.model_id, 0) + now[0] - before[0]
-        if now[0] > before[0] or not slot.ready:
+        if now[0] > before[0] or now[1] != before[1]:
             self._tell(slot.model_id)
 
     def _tell(self, model_id: str) -> None:

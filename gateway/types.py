@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from random import Random, SystemRandom
 from time import monotonic, time
@@ -60,12 +60,28 @@ class Job:
         return len(self.prompt) // 4
 
 
+class Deltas(Protocol):
+    """The deltas of one job, the terminal one last. `replica_id` is where it runs, None before the first delta.
+
+    Raises ApiError: before the first delta nothing was delivered and no replica still works on it; after it the
+    answer broke off. `aclose` cancels the job and is idempotent.
+    """
+
+    @property
+    def replica_id(self) -> str | None: ...
+
+    def __aiter__(self) -> AsyncIterator[StepDelta]: ...
+
+    def __anext__(self) -> Awaitable[StepDelta]: ...
+
+    async def aclose(self) -> None: ...
+
+
 class Dispatcher(Protocol):
     """Queue, route, send, retry. Implemented by `gateway.dispatch`."""
 
-    def generate(self, job: Job) -> AsyncIterator[StepDelta]:
-        """Deltas of one job, the terminal one last. Raises ApiError: before the first delta nothing was delivered
-        and no replica still works on it; after it the answer broke off. Closing the iterator cancels the job."""
+    def generate(self, job: Job) -> Deltas:
+        """Nothing starts before the first delta is asked for."""
         ...
 
     def facts(self, model_id: str) -> EngineFacts | None:

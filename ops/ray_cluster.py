@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import math
 import os
@@ -258,18 +259,37 @@ def free_block(count: int) -> int:
     raise RayStartError(f"no {count} free ports in a row between {starts[0]} and {starts[-1]}")
 
 
-def taken_port(config: Config) -> int | None:
-    """The configured HTTP port when something else listens there, else None."""
-    return None if _is_free(config.http.host, config.http.port) else config.http.port
+def port_problem(config: Config) -> str | None:
+    """Why the configured HTTP address cannot be listened on, in words; None when it can."""
+    host, port = config.http.host, config.http.port
+    try:
+        _bind(host, port)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            # Connections of an earlier server may still be in TIME_WAIT; proxies can bind despite them.
+            return f"port {port} of {host} is in use" if _answers(host, port) else None
+        return f"cannot listen on port {port} of {host}: {error.strerror}"
+    return None
 
 
 def _is_free(host: str, port: int) -> bool:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with closing(socket.socket(family)) as sock:
-        # As servers do: a port in TIME_WAIT counts as free, one with a listener does not.
+    try:
+        _bind(host, port)
+    except OSError:
+        return False
+    return True
+
+
+def _bind(host: str, port: int) -> None:
+    with closing(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind((host, port))
-        except OSError:
-            return False
+        sock.bind((host, port))
+
+
+def _answers(host: str, port: int) -> bool:
+    local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    try:
+        socket.create_connection((local, port), timeout=1.0).close()
+    except OSError:
+        return False
     return True

@@ -66,8 +66,8 @@ def preflight(config: Config, runtime: Runtime) -> None:
     running = find_instance(runtime.run_dir)
     if running is not None:
         raise ConfigError(f"process {running.pid} already serves this at {running.url}", key=("http", "port"))
-    if (port := ray_cluster.taken_port(config)) is not None:
-        raise ConfigError(f"port {port} of {config.http.host} is in use", key=("http", "port"))
+    if (reason := ray_cluster.port_problem(config)) is not None:
+        raise ConfigError(reason, key=("http", "port"))
     for problem in check.missing_models(config, runtime.home):
         raise ConfigError(problem.reason, key=problem.key)
     if config.ray.haproxy == "on" and not sys.platform.startswith("linux"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import tokenizers
@@ -14,6 +14,7 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _NUM_CONTEXT = 6
 _MAX_HELD = 4
 _MAX_WINDOW = 64
+_SENTENCE_PIECE = ["Replace", "ByteFallback", "Fuse", "Strip"]
 
 
 class Detokenizer(Protocol):
@@ -31,17 +32,19 @@ class Detokenizer(Protocol):
 class Vocabulary:
     """A tokenizer's decoding side, shared by all sequences that agree on `skip_special_tokens`.
 
-    Byte-level BPE (GPT-2 and after: Llama 3, Qwen, SmolLM) is decoded from a table of bytes, filled as ids turn up;
-    anything else by the tokenizer itself.
+    Byte-level BPE (GPT-2 and after: Llama 3, Qwen, SmolLM) and SentencePiece with byte fallback (Llama 2, Mistral,
+    Gemma) are decoded from a table of bytes, filled as ids turn up; anything else by the tokenizer itself.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, *, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._table = _ByteTable(tokenizer, skip_special_tokens) if _is_byte_level(tokenizer) else None
+        spell = _spelling(tokenizer)
+        self._table = None if spell is None else _ByteTable(tokenizer, spell, skip_special_tokens)
 
     def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
-        """For one sequence. The prompt's end matters to tokenizers that write a space in front of words."""
+        """For one sequence that continues `prompt` (not empty; its last few ids will do): the text is what decoding
+        both adds to decoding the prompt, so a word keeps the space in front of it."""
         if self._table is not None:
             return ByteDetokenizer(self._table)
         return PrefixDetokenizer(self._decode, prompt[-_NUM_CONTEXT:])
@@ -53,16 +56,19 @@ class Vocabulary:
 class _ByteTable(dict[int, bytes]):
     """id → bytes. `texts` has the ids whose bytes are whole characters."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, spell: Callable[[str], bytes], skip_special_tokens: bool
+    ) -> None:
         super().__init__()
         self.texts: dict[int, str] = {}
         self._tokenizer = tokenizer
+        self._spell = spell
         added = tokenizer.get_added_tokens_decoder()
         self._skipped = {i for i, token in added.items() if token.special} if skip_special_tokens else set()
 
     def __missing__(self, token_id: int) -> bytes:
         token = None if token_id in self._skipped else self._tokenizer.id_to_token(token_id)
-        data = b"" if token is None else _token_bytes(token)
+        data = b"" if token is None else self._spell(token)
         self[token_id] = data
         with contextlib.suppress(UnicodeDecodeError):
             self.texts[token_id] = data.decode()
@@ -70,7 +76,11 @@ class _ByteTable(dict[int, bytes]):
 
 
 class ByteDetokenizer:
-    """Concatenates bytes and decodes them as they become whole characters."""
+    """Concatenates bytes and decodes them as they become whole characters.
+
+    For bytes that are no UTF-8 the byte-fallback decoder gives up the whole run of byte tokens around them, when it
+    sees them at once; here the characters before them stay.
+    """
 
     __slots__ = ("_decoder", "_is_partial", "_table", "_texts")
 
@@ -100,9 +110,8 @@ class ByteDetokenizer:
 class PrefixDetokenizer:
     """Decodes a window of the last ids twice, without and with the new ones; the difference is the new text.
 
-    The window keeps what decoders look at (spaces between words, runs of byte tokens) at O(1) a token, as in
-    Text Generation Inference and vLLM. Text that ends in U+FFFD waits, for at most as many ids as a character has
-    bytes. Where byte tokens are not UTF-8 at all, how many U+FFFD stand for them may differ from decoding all at once.
+    The window keeps what decoders look at (spaces between words, say) at O(1) a token, as in Text Generation
+    Inference and vLLM. Text that ends in U+FFFD waits, for at most as many ids as a character has bytes.
     """
 
     __slots__ = ("_decode", "_num_held", "_num_read", "_read_text", "_window")
@@ -121,7 +130,7 @@ class PrefixDetokenizer:
         return "".join([self._push(token_id) for token_id in token_ids])
 
     def flush(self) -> str:
-        text = self._decode(self._window)[len(self._read_text) :]
+        text = self._new_text(self._decode(self._window))
         self._advance()
         return text
 
@@ -134,9 +143,15 @@ class PrefixDetokenizer:
             return ""
         if len(whole) <= len(self._read_text) and len(self._window) < _MAX_WINDOW:
             return ""  # nothing to see of this token yet: a skipped special one, or a space to come
-        text = whole[len(self._read_text) :]
+        text = self._new_text(whole)
         self._advance()
         return text
+
+    def _new_text(self, whole: str) -> str:
+        if whole.startswith(self._read_text):
+            return whole[len(self._read_text) :]
+        # What was shown cannot be taken back (a decoder that cleans up across tokens): the new ids by themselves.
+        return self._decode(self._window[self._num_read :])
 
     def _advance(self) -> None:
         """What was read before leaves the window; what is read now stays as context."""
@@ -150,12 +165,29 @@ class Decode(Protocol):
     def __call__(self, token_ids: Sequence[int]) -> str: ...
 
 
-def _is_byte_level(tokenizer: tokenizers.Tokenizer) -> bool:
-    decoder = json.loads(tokenizer.to_str())["decoder"]
-    return decoder is not None and decoder["type"] == "ByteLevel"
+def _spelling(tokenizer: tokenizers.Tokenizer) -> Callable[[str], bytes] | None:
+    """How this tokenizer's tokens spell bytes; None when decoding is more than putting bytes together."""
+    decoder = json.loads(tokenizer.to_str())["decoder"] or {"type": "none"}
+    if decoder["type"] == "ByteLevel":
+        return _byte_level
+    steps = decoder["decoders"] if decoder["type"] == "Sequence" else []
+    # `Strip` takes the space in front of a whole text away: that is the prompt's.
+    if [step["type"] for step in steps] in (_SENTENCE_PIECE, _SENTENCE_PIECE[:-1]) and (
+        (steps[0]["pattern"], steps[0]["content"]) == ({"String": "▁"}, " ")
+    ):
+        return _byte_fallback
+    return None
 
 
-def _token_bytes(token: str) -> bytes:
+def _byte_fallback(token: str) -> bytes:
+    """SentencePiece: ▁ for a space, <0x0A> for a byte."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        with contextlib.suppress(ValueError):
+            return bytes([int(token[3:5], 16)])
+    return token.replace("▁", " ").encode()
+
+
+def _byte_level(token: str) -> bytes:
     """Byte-level BPE writes each byte as one printable character; an added token may be written plainly."""
     try:
         return bytes([_BYTES[char] for char in token])

@@ -62,7 +62,7 @@ class Exchange:
         self.arrived = gateway.clock()
         self.request_id = f"{gateway.ingress_id}-{gateway.random.getrandbits(96):024x}"
         self.client_request_id = sane_request_id(self._headers.get(b"x-request-id"))
-        self.extra_headers: list[Header] = []
+        self.extra_headers: list[Header] = [(b"x-warmgate-ingress", gateway.ingress_id.encode())]
         self.started = False
         self.status = 0
         self.client_gone = False

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Generator, Sequence
+from collections.abc import Awaitable, Generator, Sequence
 from contextlib import suppress
 from typing import Any, Protocol, TypeAlias
 
-from gateway.types import Dispatcher, Job
+from gateway.types import Deltas, Dispatcher, Job
 from replicas.contract import StepDelta
 
 MAX_BATCH = 64
@@ -24,6 +24,10 @@ Batch: TypeAlias = list[tuple[int, StepDelta]]
 class Flow(Protocol):
     async def next(self) -> Batch:
         """At least one delta, or [] when every job has ended. Raises what a job's iterator raises."""
+        ...
+
+    def replica_ids(self) -> list[str]:
+        """The replicas that have answered so far, each once."""
         ...
 
     async def aclose(self) -> None:
@@ -80,7 +84,7 @@ class SingleFlow:
     """One job's iterator, no task of its own. After the delta it waited for, it takes those that are there already:
     it runs the iterator's next step until that would wait, and keeps the suspended step for the next call."""
 
-    def __init__(self, deltas: AsyncIterator[StepDelta]) -> None:
+    def __init__(self, deltas: Deltas) -> None:
         self._deltas = deltas
         self._suspended: _Suspended | None = None
         self._end: Exception | None = None
@@ -95,6 +99,9 @@ class SingleFlow:
         if self._end is not None and not batch and not isinstance(self._end, StopAsyncIteration):
             raise self._end
         return batch
+
+    def replica_ids(self) -> list[str]:
+        return _replica_ids([self._deltas])
 
     async def _fill(self, batch: Batch) -> None:
         suspended, self._suspended = self._suspended, None
@@ -114,13 +121,13 @@ class SingleFlow:
         if suspended is not None:
             await suspended.cancel()
         if self._end is None:
-            await _close(self._deltas)
+            await self._deltas.aclose()
 
 
 class MergedFlow:
     """Several jobs' iterators, a task each. The first error ends all of them."""
 
-    def __init__(self, streams: Sequence[AsyncIterator[StepDelta]]) -> None:
+    def __init__(self, streams: Sequence[Deltas]) -> None:
         self._streams = streams
         self._waiting: deque[tuple[int, StepDelta]] = deque()
         self._news = asyncio.Event()
@@ -146,7 +153,10 @@ class MergedFlow:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _pump(self, index: int, deltas: AsyncIterator[StepDelta]) -> None:
+    def replica_ids(self) -> list[str]:
+        return _replica_ids(self._streams)
+
+    async def _pump(self, index: int, deltas: Deltas) -> None:
         try:
             async for delta in deltas:
                 self._waiting.append((index, delta))
@@ -154,7 +164,7 @@ class MergedFlow:
         except Exception as error:
             self._error = self._error or error
         finally:
-            await _close(deltas)
+            await deltas.aclose()
             self._num_open -= 1
             self._news.set()
 
@@ -163,7 +173,5 @@ def _steps(awaitable: Awaitable[StepDelta]) -> Generator[Any, Any, StepDelta]:
     return awaitable.__await__()
 
 
-async def _close(deltas: AsyncIterator[StepDelta]) -> None:
-    close = getattr(deltas, "aclose", None)  # async generators have it; plain iterators need not
-    if close is not None:
-        await close()
+def _replica_ids(streams: Sequence[Deltas]) -> list[str]:
+    return sorted({replica_id for stream in streams if (replica_id := stream.replica_id) is not None})

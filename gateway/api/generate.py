@@ -16,10 +16,10 @@ from configs.schema import ModelConfig
 from gateway import sse
 from gateway.api.answer import Call, Choice, Identity, Meter
 from gateway.api.chunks import Chunks
-from gateway.api.exchange import ClientGoneError, Exchange, as_api_error
+from gateway.api.exchange import ClientGoneError, Exchange, Header, as_api_error
 from gateway.api.fields import Body, ignored_header
 from gateway.api.flow import Flow, open_flow
-from gateway.api.sampling import Limits, SamplingFields, choice_seed, sampling_params
+from gateway.api.sampling import Limits, SamplingFields, choice_seed
 from gateway.errors import BadRequestError, RateLimitError, UnavailableError
 from gateway.prompt import Prompter
 from gateway.tenancy import check_model, narrowed_salt
@@ -145,6 +145,7 @@ class Generation(Generic[F]):
             meter.take(batch)
             written = chunks.write(batch)
             if not exchange.started:
+                exchange.extra_headers.append(_answered_by(flow))
                 await exchange.start(200, sse.HEADERS)
             if written:
                 await exchange.write(written)
@@ -160,6 +161,7 @@ class Generation(Generic[F]):
         meter.check_complete()
         body = self._route.whole(call, identity, _best(choices, call))
         body["usage"] = meter.usage()
+        meter.exchange.extra_headers.append(_answered_by(flow))
         await meter.exchange.send(sse.encode(body))
 
     def _jobs(self, request_id: str, call: Call, target: Target) -> list[Job]:
@@ -178,12 +180,9 @@ class Generation(Generic[F]):
         seed = gateway.random.getrandbits(62) if fields.seed is None else fields.seed
         jobs: list[Job] = []
         for prompt in call.prompts:
-            max_tokens = limits.max_tokens(fields, prompt.num_tokens)
             for _ in range(call.num_generated):
                 index = len(jobs)
-                sampling = sampling_params(
-                    fields, limits, call.logprobs, max_tokens=max_tokens, seed=choice_seed(seed, index)
-                )
+                sampling = limits.sampling(fields, call.logprobs, prompt.num_tokens, choice_seed(seed, index))
                 jobs.append(
                     Job(
                         request_id=f"{request_id}-{index}",
@@ -200,6 +199,10 @@ class Generation(Generic[F]):
 
 
 _JOB_BYTES = 2048  # a job's own objects, about
+
+
+def _answered_by(flow: Flow) -> Header:
+    return b"x-warmgate-replica", ",".join(flow.replica_ids()).encode()
 
 
 def fingerprint(model: ModelConfig) -> str:

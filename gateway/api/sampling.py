@@ -134,38 +134,36 @@ class Limits:
         if logprobs.prompt is not None and not self.facts.prompt_logprobs:
             raise UnsupportedError("This model's engine gives no logprobs for the prompt (echo).", param="echo")
 
-
-def sampling_params(
-    fields: SamplingFields, limits: Limits, logprobs: Logprobs, *, max_tokens: int, seed: int
-) -> SamplingParams:
-    """The engine's view of the fields. `seed` is the client's or one drawn for it. Raises BadRequestError."""
-    min_tokens = fields.min_tokens or 0
-    if min_tokens > max_tokens:
-        raise BadRequestError(
-            f"'min_tokens' ({min_tokens}) must not be greater than the most tokens of the answer ({max_tokens}).",
-            param="min_tokens",
+    def sampling(self, fields: SamplingFields, logprobs: Logprobs, num_prompt_tokens: int, seed: int) -> SamplingParams:
+        """The engine's view of the fields. `seed` is this choice's. Raises BadRequestError."""
+        max_tokens = self.max_tokens(fields, num_prompt_tokens)
+        min_tokens = fields.min_tokens or 0
+        if min_tokens > max_tokens:
+            raise BadRequestError(
+                f"'min_tokens' ({min_tokens}) must not be greater than the most tokens of the answer ({max_tokens}).",
+                param="min_tokens",
+            )
+        stop = (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop or ())
+        return SamplingParams(
+            max_tokens=max_tokens,
+            seed=seed,
+            min_tokens=min_tokens,
+            temperature=_or(fields.temperature, 1.0),
+            top_p=_or(fields.top_p, 1.0),
+            top_k=fields.top_k if fields.top_k is not None and fields.top_k > 0 else None,
+            min_p=_or(fields.min_p, 0.0),
+            presence_penalty=_or(fields.presence_penalty, 0.0),
+            frequency_penalty=_or(fields.frequency_penalty, 0.0),
+            repetition_penalty=_or(fields.repetition_penalty, 1.0),
+            logit_bias=_logit_bias(fields.logit_bias or {}, self.facts.vocab_size),
+            stop=stop,
+            stop_token_ids=tuple(fields.stop_token_ids or ()),
+            include_stop_str_in_output=bool(fields.include_stop_str_in_output),
+            skip_special_tokens=fields.skip_special_tokens is not False,
+            ignore_eos=bool(fields.ignore_eos),
+            logprobs=logprobs.output,
+            prompt_logprobs=logprobs.prompt,
         )
-    stop = (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop or ())
-    return SamplingParams(
-        max_tokens=max_tokens,
-        seed=seed,
-        min_tokens=min_tokens,
-        temperature=_or(fields.temperature, 1.0),
-        top_p=_or(fields.top_p, 1.0),
-        top_k=fields.top_k if fields.top_k is not None and fields.top_k > 0 else None,
-        min_p=_or(fields.min_p, 0.0),
-        presence_penalty=_or(fields.presence_penalty, 0.0),
-        frequency_penalty=_or(fields.frequency_penalty, 0.0),
-        repetition_penalty=_or(fields.repetition_penalty, 1.0),
-        logit_bias=_logit_bias(fields.logit_bias or {}, limits.facts.vocab_size),
-        stop=stop,
-        stop_token_ids=tuple(fields.stop_token_ids or ()),
-        include_stop_str_in_output=bool(fields.include_stop_str_in_output),
-        skip_special_tokens=fields.skip_special_tokens is not False,
-        ignore_eos=bool(fields.ignore_eos),
-        logprobs=logprobs.output,
-        prompt_logprobs=logprobs.prompt,
-    )
 
 
 def choice_seed(seed: int, index: int) -> int:

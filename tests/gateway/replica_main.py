@@ -1,34 +1,44 @@
-"""A replica as a process of its own, so that tests can kill it: `python -m tests.gateway.replica_main {runtime} …`."""
+"""A replica as a process of its own, so that tests can kill it.
+
+`python -m tests.gateway.replica_main config.json runtime.json replica_id`; SIGTERM drains it, as Serve does.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import os
+import signal
 import sys
-import time
 from pathlib import Path
 
-from configs.schema import EngineConfig, SimConfig
-from configs.tokenizer import load_model_files
-from replicas.channel import ChannelServer
-from replicas.detokenize import TextEngine
-from replicas.sim_engine import sim_engine
-from routing.registry import Announcement, Member
-from routing.store import Store
+import msgspec
+
+from configs.runtime import Runtime
+from configs.schema import Config
+from replicas.host import ReplicaHost
 
 
-async def main(redis_url: str, run_dir: str, replica_id: str, step_s: str) -> None:
-    files = load_model_files("sim:bytes", Path(run_dir))
-    config = EngineConfig(kind="sim", max_num_seqs=8, sim=SimConfig(step_base_s=float(step_s)))
-    engine = TextEngine(sim_engine(config, files.vocab_size, files.special.eos, "m"), files.tokenizer)
-    server = ChannelServer(engine, replica_id, b"s" * 32)
-    endpoint = f"unix://{run_dir}/{replica_id}.sock"
-    await server.start([endpoint])
-    member = Member(replica_id=replica_id, group="g", model="m", endpoint=endpoint, epoch=time.time_ns(), host_id="h",
-                    pid=os.getpid(), started_at=time.time())  # fmt: skip
-    Announcement(Store(redis_url, "test"), member).start()
-    await asyncio.Event().wait()
+async def main(config: Config, runtime: Runtime, replica_id: str) -> None:
+    told_to_stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_stop.set)
+    host = ReplicaHost(config, config.groups[0], runtime, replica_id)
+    await host.start()
+    await told_to_stop.wait()
+    await host.drain()
+    await host.close()
+
+
+def path_from(kind: type, value: object) -> object:
+    """What msgspec does not know by itself."""
+    assert kind is Path, f"{kind=} {value=}"
+    return Path(str(value))
 
 
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
+    config_path, runtime_path, own_id = sys.argv[1:]
+    asyncio.run(
+        main(
+            msgspec.json.decode(Path(config_path).read_bytes(), type=Config),
+            msgspec.json.decode(Path(runtime_path).read_bytes(), type=Runtime, dec_hook=path_from),
+            own_id,
+        )
+    )

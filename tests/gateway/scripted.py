@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -54,6 +54,24 @@ def spoken(job: Job, words: Iterable[str] = WORDS, finish: str = "stop") -> list
     return [*deltas, StepDelta(job.request_id, finish_reason=finish)]
 
 
+class ScriptedDeltas:
+    """What a scripted job says (`gateway.types.Deltas`)."""
+
+    replica_id = "scripted-0"
+
+    def __init__(self, deltas: AsyncGenerator[StepDelta, None]) -> None:
+        self._deltas = deltas
+
+    def __aiter__(self) -> AsyncIterator[StepDelta]:
+        return self._deltas
+
+    def __anext__(self) -> Awaitable[StepDelta]:
+        return self._deltas.__anext__()
+
+    async def aclose(self) -> None:
+        await self._deltas.aclose()
+
+
 class ScriptedDispatcher:
     """Plays a script per job; remembers the jobs, which of them were cancelled, and which ended."""
 
@@ -65,7 +83,10 @@ class ScriptedDispatcher:
         self.ended: list[str] = []
         self.ready = 1
 
-    async def generate(self, job: Job) -> AsyncIterator[StepDelta]:
+    def generate(self, job: Job) -> ScriptedDeltas:
+        return ScriptedDeltas(self._play(job))
+
+    async def _play(self, job: Job) -> AsyncGenerator[StepDelta, None]:
         self.jobs.append(job)
         try:
             for step in self.script(job):

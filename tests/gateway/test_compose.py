@@ -18,11 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 import uvicorn
 
 from configs.runtime import Runtime
-from configs.schema import AdmissionConfig, ChannelConfig, Config, GroupConfig, ModelConfig, TenantConfig
+from configs.schema import (
+    AdmissionConfig,
+    ChannelConfig,
+    Config,
+    EngineConfig,
+    GroupConfig,
+    ModelConfig,
+    SimConfig,
+    TenantConfig,
+)
 from gateway.compose import ComposedGateway, compose
 from gateway.dispatch import FleetDispatcher
 from tests.routing.conftest import Valkey
@@ -46,8 +56,14 @@ class Stack:
     async def replica(self, replica_id: str, step_s: float = FAST_S) -> None:
         """Starts a replica and waits until it is ready here."""
         before = self.num_ready
-        command = [sys.executable, "-m", "tests.gateway.replica_main", self.runtime.redis_url,
-                   str(self.runtime.run_dir), replica_id, str(step_s)]  # fmt: skip
+        engine = EngineConfig(kind="sim", max_num_seqs=8, sim=SimConfig(step_base_s=step_s))
+        config = msgspec.structs.replace(self.config, groups=(GroupConfig(name="g", model="m", engine=engine),))
+        files = {"config": msgspec.json.encode(config), "runtime": msgspec.json.encode(self.runtime, enc_hook=str)}
+        paths = []
+        for name, content in files.items():
+            paths.append(self.runtime.run_dir / f"{replica_id}-{name}.json")
+            paths[-1].write_bytes(content)
+        command = [sys.executable, "-m", "tests.gateway.replica_main", *map(str, paths), replica_id]
         self.processes[replica_id] = await asyncio.create_subprocess_exec(*command, cwd=ROOT)
         await until(lambda: self.num_ready > before, 20.0)
 
@@ -216,6 +232,24 @@ async def test_a_replica_that_freezes_is_as_good_as_dead(stack: Stack) -> None:
     assert time.monotonic() - frozen_at < 2.0
     assert seen[-1]["error"]["code"] == "replica_lost"
     assert await text_of(stack, max_tokens=3)
+
+
+async def test_a_replica_that_drains_finishes_what_it_has_and_gets_nothing_new(stack: Stack) -> None:
+    await stack.replica("a", step_s=0.03)
+    await stack.replica("b", step_s=0.03)
+    seen: list[Any] = []
+    async with stack.client.stream("POST", "/v1/chat/completions", json=body(max_tokens=40, stream=True)) as response:
+        async for event in events(response):
+            seen.append(event)
+            if len(seen) == 3:
+                draining = stack.busiest
+                stack.processes[draining].terminate()
+                await until(lambda: stack.num_ready == 1)
+                assert await text_of(stack, max_tokens=3)
+    assert seen[-1] == "[DONE]"
+    assert sum(bool(e["choices"][0]["delta"].get("content")) for e in seen[:-1]) >= 38
+    assert await asyncio.wait_for(stack.processes[draining].wait(), 5) == 0
+    assert stack.num_ready == 1
 
 
 async def test_a_client_that_leaves_frees_its_place(stack: Stack) -> None:

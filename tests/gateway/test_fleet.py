@@ -161,6 +161,20 @@ async def test_more_places_are_told_and_fewer_are_not() -> None:
     await world.close()
 
 
+async def test_a_replica_that_is_full_when_it_connects_is_heard_of() -> None:
+    world = World()
+    (a,) = await world.replicas("a")
+    a.push(num_running=4, num_waiting=50)
+    told: list[str] = []
+    world.fleet.subscribe(told.append)
+    a.push(draining=True)
+    assert told == ["m"]
+    a.push(draining=False)
+    assert told == ["m", "m"]
+    assert (world.fleet.num_ready("m"), world.fleet.num_free("m")) == (1, 0)
+    await world.close()
+
+
 async def test_repeated_failures_open_a_breaker_that_closes_by_itself() -> None:
     world = World()
     await world.replicas("a")

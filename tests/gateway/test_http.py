@@ -281,3 +281,12 @@ async def test_a_server_whose_receive_fails_is_a_client_that_is_gone() -> None:
     assert sent == []
     assert served.ledger.records[0].outcome == "cancelled"
     assert len(served.dispatcher.cancelled) == 1
+
+
+async def test_an_answer_names_its_replica_and_its_ingress() -> None:
+    body = {"model": "sim", "messages": [{"role": "user", "content": "hi"}], "n": 2}
+    async with serve().client() as client:
+        for stream in (False, True):
+            answer = await client.post("/v1/chat/completions", json={**body, "stream": stream})
+            assert answer.headers["x-warmgate-replica"] == "scripted-0"
+            assert answer.headers["x-warmgate-ingress"] == "in1"

@@ -1,6 +1,8 @@
 """The edits are made to the configuration that this version of Ray Serve really renders."""
 
+import importlib.util
 import json
+import runpy
 import subprocess
 from pathlib import Path
 
@@ -9,7 +11,8 @@ from jinja2 import Environment
 
 from ops import haproxy_launcher
 
-haproxy_templates = pytest.importorskip("ray.serve._private.haproxy_templates")
+RAY = Path(importlib.util.find_spec("ray").origin).parent  # found, not imported
+TEMPLATE = runpy.run_path(str(RAY / "serve/_private/haproxy_templates.py"))["HAPROXY_CONFIG_TEMPLATE"]
 
 
 def rendered(tmp_path: Path, host: str = "127.0.0.1") -> str:
@@ -36,8 +39,12 @@ def rendered(tmp_path: Path, host: str = "127.0.0.1") -> str:
         "frontend_host": host,
         "frontend_port": 8000,
     }
-    values = {"config": config, "route_info": {"status": 200, "routes_content_type": "text/plain"}, "backends": []}
-    return Environment().from_string(haproxy_templates.HAPROXY_CONFIG_TEMPLATE).render(values)
+    unset = ("timeout_http_request_s", "timeout_queue_s", "retries")
+    config |= dict.fromkeys(unset)
+    values = {"config": config, "route_info": {"status": 200, "routes_content_type": "text/plain", "routes_message": "{}"}, "backends": []}
+    environment = Environment()
+    environment.filters["haproxy_fmt"] = repr
+    return environment.from_string(TEMPLATE).render(values)
 
 
 def test_statistics_and_metrics_listen_on_loopback(tmp_path):

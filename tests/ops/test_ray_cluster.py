@@ -90,12 +90,17 @@ def test_a_taken_port_is_named_and_one_in_time_wait_is_not_taken():
         listener.listen()
         port = listener.getsockname()[1]
         config = profile(http={"port": port})
-        assert ray_cluster.taken_port(config) == port
+        assert ray_cluster.port_problem(config) == f"port {port} of 127.0.0.1 is in use"
         client = socket.create_connection(("127.0.0.1", port))
         server, _ = listener.accept()
         server.close()  # closes first: its end of the connection waits in TIME_WAIT
         client.close()
-    assert ray_cluster.taken_port(config) is None
+    assert ray_cluster.port_problem(config) is None
+
+
+def test_an_address_of_another_machine_is_a_problem():
+    problem = ray_cluster.port_problem(profile(http={"host": "192.0.2.1", "port": 8000}))
+    assert problem == "cannot listen on port 8000 of 192.0.2.1: Cannot assign requested address"
 
 
 def test_the_token_is_private_and_new_at_each_start(tmp_path):

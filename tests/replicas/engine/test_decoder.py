@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -92,15 +94,16 @@ def test_dynamic_rope_beyond_the_trained_length_equals_transformers_token_by_tok
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral with window"])
-def test_bfloat16_stays_near_float32(name: str, tiny_model: TinyModels) -> None:
+def test_bfloat16_is_as_near_to_float32_as_transformers_bfloat16(name: str, tiny_model: TinyModels) -> None:
     folder, oracle = tiny_model(name)
     tokens = random_tokens(50, seed=6)
     seq = make_sequence(tokens)
     scattered_tables(seq, capacity=50)
     model = ByHand.load(folder, GatherDecode, torch.bfloat16)
-    parts = [model.step((seq, start, end))[0] for start, end in ((0, 20), (20, 48), (48, 49), (49, 50))]
-    error = torch.cat(parts) - oracle_logits(oracle, tokens)
-    assert error.std() < 0.03 * oracle_logits(oracle, tokens).std()
+    ours = torch.cat([model.step((seq, start, end))[0] for start, end in ((0, 20), (20, 48), (48, 49), (49, 50))])
+    exact = oracle_logits(oracle, tokens)
+    theirs = oracle_logits(copy.deepcopy(oracle).to(torch.bfloat16), tokens).float()
+    assert (ours - exact).std() < 1.2 * (theirs - exact).std()
 
 
 def test_copied_blocks_hold_what_their_sources_held(tiny_model: TinyModels) -> None:

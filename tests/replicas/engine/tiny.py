@@ -124,7 +124,7 @@ class ByHand:
 
     @torch.inference_mode()
     def step(self, *work: tuple[Request, int, int]) -> list[Tensor]:
-        """Computes tokens [start, end) of each sequence in one step; returns each one's logits, [end - start, vocab]."""
+        """Computes tokens [start, end) of each sequence in one step → the logits of each, [end - start, vocab]."""
         plan = Plan(tuple(PlanItem(seq, start, end - start, samples=False) for seq, start, end in work))
         batch = self.batcher.build(plan)
         windows, layers = self.decoder.spec.windows, self.cache.layers

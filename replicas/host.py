@@ -1,0 +1,164 @@
+"""A replica, whole: engine with text, channel server, membership. What a Serve actor, or a test, runs.
+
+start   load ─► listen ─► announce            drain   withdraw ─► refuse, let the running ones end
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from configs.runtime import MAX_SOCKET_NAME, Runtime
+from configs.schema import Config, EngineConfig, GroupConfig
+from configs.tokenizer import ModelFiles, load_model_files
+from replicas.channel import ChannelServer, JsonLinesJournal, ServerOptions
+from replicas.contract import Engine, EngineDeadError, EngineError, EngineFacts
+from replicas.detokenize import TextEngine
+from routing.registry import Announcement, Member
+from routing.store import Store, StoreOptions
+
+EngineBuilder: TypeAlias = Callable[[ModelFiles, EngineConfig, str], Engine]
+"""(files, config, model id) → an engine without text, not yet started. Runs outside the event loop."""
+
+
+def _native(files: ModelFiles, config: EngineConfig, model_id: str) -> Engine:
+    from replicas.engine.engine import native_engine  # torch, which a sim replica does without
+
+    if files.path is None:
+        raise EngineError(f"model {model_id} has no weights: the native engine cannot run it, the sim engine can")
+    return native_engine(files.path, config, model_id)
+
+
+def _sim(files: ModelFiles, config: EngineConfig, model_id: str) -> Engine:
+    from replicas.sim_engine import sim_engine
+
+    return sim_engine(config, files.vocab_size, files.special.eos, model_id)
+
+
+_BUILDERS: dict[str, EngineBuilder] = {"native": _native, "sim": _sim}
+
+
+def build_engine(files: ModelFiles, config: EngineConfig, model_id: str) -> Engine:
+    """The engine of `config.kind`. Raises EngineError when it cannot run this model."""
+    return _BUILDERS[config.kind](files, config, model_id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostOptions:
+    """`wall_clock`: Unix seconds, for the journal and the epoch."""
+
+    build: EngineBuilder = build_engine
+    wall_clock: Callable[[], float] = time.time
+
+
+class ReplicaHost:
+    """One replica of `group`. `start` once; then `drain` (optional) and `close`.
+
+    It listens on a Unix socket in `runtime.run_dir`, and appends the usage of requests whose ingress vanished to
+    `journal-{replica_id}.jsonl` there.
+    """
+
+    def __init__(
+        self, config: Config, group: GroupConfig, runtime: Runtime, replica_id: str, options: HostOptions | None = None
+    ) -> None:
+        self.replica_id = replica_id
+        self.endpoint = f"unix://{runtime.run_dir / socket_name(replica_id)}"
+        self._config = config
+        self._group = group
+        self._runtime = runtime
+        self._options = options or HostOptions()
+        self._store = Store(runtime.redis_url, config.cluster, StoreOptions(timeout_s=config.redis.timeout_s))
+        self._server: ChannelServer | None = None
+        self._announcement: Announcement | None = None
+
+    async def start(self) -> EngineFacts:
+        """Loads, listens, announces. Raises ConfigError (model files), EngineError, EndpointError; then nothing is
+        left running."""
+        try:
+            server = ChannelServer(
+                await asyncio.to_thread(self._load), self.replica_id, self._runtime.secret, self._server_options()
+            )
+            self._server = server
+            facts = await server.start([self.endpoint])
+        except BaseException:
+            await self.close()
+            raise
+        self._announcement = Announcement(self._store, self._member(facts))
+        self._announcement.start()
+        return facts
+
+    async def check_health(self) -> None:
+        """Raises EngineDeadError when this process should be replaced; it then takes itself out of the membership."""
+        if self._server is None:
+            raise EngineDeadError(f"replica {self.replica_id} is not running")
+        self._server.stats()  # a dead engine says so here
+        if self._server.fault is not None:
+            await self._withdraw()
+            raise EngineDeadError(f"replica {self.replica_id}: {self._server.fault.message}")
+
+    async def drain(self) -> None:
+        """Leaves the membership, refuses new requests (`draining`, retryable), returns when the running ones have
+        ended. The caller bounds it in time; cancelling it is safe."""
+        await self._withdraw()
+        if self._server is not None:
+            await self._server.drain()
+
+    async def close(self) -> None:
+        """Stops at once: open requests end with `engine_dead`. Idempotent."""
+        await self._withdraw()
+        try:
+            if self._server is not None:
+                await self._server.close()
+        finally:
+            self._server = None
+            await self._store.close()
+
+    async def _withdraw(self) -> None:
+        if self._announcement is not None:
+            await self._announcement.withdraw()
+
+    def _load(self) -> Engine:
+        model = self._config.model_named(self._group.model)
+        if model is None:
+            raise EngineError(f"group {self._group.name} serves model {self._group.model}, which the profile lacks")
+        files = load_model_files(model.source, self._runtime.home)
+        return TextEngine(self._options.build(files, self._group.engine, model.id), files.tokenizer)
+
+    def _server_options(self) -> ServerOptions:
+        channel = self._config.channel
+        path = self._runtime.run_dir / f"journal-{self.replica_id}.jsonl"
+        return ServerOptions(
+            heartbeat_s=channel.heartbeat_s,
+            dead_after_s=channel.dead_after_s,
+            journal=JsonLinesJournal(path, self._options.wall_clock),
+        )
+
+    def _member(self, facts: EngineFacts) -> Member:
+        now = self._options.wall_clock()
+        model = self._config.model_named(self._group.model)
+        assert model is not None, "_load has looked"
+        return Member(
+            replica_id=self.replica_id,
+            group=self._group.name,
+            model=model.id,
+            endpoint=self.endpoint,
+            epoch=int(now * 1e6),
+            host_id=socket.gethostname(),
+            pid=os.getpid(),
+            started_at=now,
+            engine=facts.engine,
+        )
+
+
+def socket_name(replica_id: str) -> str:
+    """`{replica_id}.sock`, or a digest of the id where that would make the path of a Unix socket too long."""
+    name = f"{replica_id}.sock"
+    if len(os.fsencode(name)) <= MAX_SOCKET_NAME:
+        return name
+    return f"{hashlib.sha256(replica_id.encode()).hexdigest()[:24]}.sock"

@@ -1,0 +1,179 @@
+"""`warmgate doctor`: what it finds, on this machine and on machines that lack something."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import msgspec
+import pytest
+from rich.console import Console
+
+from configs.load import load_profile, setting
+from configs.schema import GroupConfig, ModelConfig
+from ops import checks
+from ops.doctor import Finding, Patient, diagnose, render, to_json, worst
+from ops.memory import GIB, ModelShape, group_memory
+from ops.models import pull
+from tests.ops.hub import FakeHub
+from tests.ops.tiny import hub_files
+
+
+def patient(home: Path, *settings: str, profile: str = "sim") -> Patient:
+    return Patient(load_profile(profile, {}, [setting(text) for text in settings]), home, {})
+
+
+def only(found: Iterator[Finding]) -> Finding:
+    [finding] = found
+    return finding
+
+
+@pytest.fixture()
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def test_sim_profile_is_fit_to_serve_here(tmp_path: Path, free_port: int) -> None:
+    env = {**os.environ, "WARMGATE_HOME": str(tmp_path)}
+    findings = diagnose("sim", lambda: load_profile("sim", env, [setting(f"http.port={free_port}")]), env)
+    assert worst(findings) != "fail", to_json(findings)
+    names = {finding.check for finding in findings}
+    assert names >= {"python", "packages", "compiler", "haproxy", "config", "port", "valkey", "ray", "memory", "gpu"}
+
+
+def test_json_is_one_object_with_every_finding() -> None:
+    findings = [Finding("a", "ok", "fine"), Finding("b", "warn", "mind", "do this")]
+    assert json.loads(to_json(findings)) == {
+        "status": "warn",
+        "findings": [
+            {"check": "a", "status": "ok", "detail": "fine", "advice": ""},
+            {"check": "b", "status": "warn", "detail": "mind", "advice": "do this"},
+        ],
+    }
+
+
+def test_table_shows_brackets_as_they_are_and_sums_up() -> None:
+    out = io.StringIO()
+    render([Finding("a", "fail", "groups[0] is [bold]", "see [x]")], Console(file=out, width=80))
+    assert "groups[0] is [bold]" in out.getvalue()
+    assert "→ see [x]" in out.getvalue()
+    assert "0 ok, 0 to mind, 1 failed" in out.getvalue()
+
+
+def test_broken_profile_is_a_finding_and_the_machine_is_still_examined(tmp_path: Path) -> None:
+    findings = diagnose("x.yaml", lambda: load_profile(tmp_path / "x.yaml", {}), {})
+    assert findings[-1].check == "config"
+    assert findings[-1].status == "fail"
+    assert "no such file" in findings[-1].detail
+    assert findings[0].check == "python"
+
+
+def test_taken_port_fails(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        finding = only(checks.port(patient(tmp_path, f"http.port={taken.getsockname()[1]}")))
+    assert finding.status == "fail"
+    assert "in use" in finding.detail
+    assert "--port" in finding.advice
+
+
+def test_missing_model_fails_with_the_command(tmp_path: Path) -> None:
+    finding = only(checks.model_files(patient(tmp_path, profile="quickstart")))
+    assert finding.status == "fail"
+    assert finding.detail.endswith("run: warmgate models pull smollm2-135m")
+
+
+def test_damaged_model_file_is_detected(tmp_path: Path) -> None:
+    with FakeHub(hub_files()) as hub:
+        env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+        path = pull("nobody/tiny", tmp_path, env, lambda stage, done, total: None)
+    sick = patient(tmp_path, "models.0.source=nobody/tiny")
+    sound = list(checks.model_files(sick))
+    assert [f.status for f in sound] == ["ok", "warn"]  # the warning: it has no chat template
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    found = next(iter(checks.model_files(sick)))
+    assert found.status == "fail"
+    assert found.detail == "model.safetensors has another checksum than when it was pulled"
+    assert found.advice == "run: warmgate models pull nobody/tiny"
+
+
+def test_package_that_is_missing_or_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    requirements = ["nothing-like-this>=1", "click<1", 'other; extra == "dev"', "click>=8"]
+    monkeypatch.setattr(metadata, "requires", lambda name: requirements)
+    finding = only(checks.packages())
+    assert finding.status == "fail"
+    assert finding.detail == f"nothing-like-this is not installed; click is {metadata.version('click')}, needs <1"
+
+
+def test_store_that_does_not_answer_fails_without_its_password(tmp_path: Path, free_port: int) -> None:
+    finding = only(checks.store(patient(tmp_path, f"redis.url=redis://me:hunter2@127.0.0.1:{free_port}/0")))
+    assert finding.status == "fail"
+    assert "refused" in finding.detail
+    assert "hunter2" not in to_json([finding])
+
+
+def test_more_threads_than_cores_is_to_be_minded(tmp_path: Path) -> None:
+    finding = only(checks.cores(patient(tmp_path, "groups.0.replicas=1000", profile="quickstart")))
+    assert finding.status == "warn"
+    assert "2 engine threads" not in finding.detail and "1000 engine threads" in finding.detail
+
+
+def test_anonymous_access_beyond_loopback_is_to_be_minded(tmp_path: Path) -> None:
+    assert only(checks.exposure(patient(tmp_path))).status == "ok"
+    assert only(checks.exposure(patient(tmp_path, "http.host=0.0.0.0"))).status == "warn"
+    keyed = patient(tmp_path, "http.host=0.0.0.0", "tenants.0.anonymous=false", "tenants.0.keys=sk-1")
+    assert only(checks.exposure(keyed)).detail == "keys are asked for"
+
+
+def test_memory_that_cannot_be_had_fails(tmp_path: Path) -> None:
+    _llama(tmp_path / "models" / "smollm2-135m")
+    found = {
+        f.check: f for f in checks.memory(patient(tmp_path, "groups.0.engine.kv_cache_gib=1e6", profile="quickstart"))
+    }
+    assert found["memory"].status == "fail"
+    assert found["memory smollm2"].status == "ok"
+
+
+def _llama(path: Path) -> None:
+    path.mkdir(parents=True)
+    config = {
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "hidden_size": 576,
+        "max_position_embeddings": 8192,
+        "dtype": "float32",
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "tokenizer.json").write_text("{}")
+    (path / "model.safetensors").write_bytes(bytes(1000))
+
+
+def test_memory_arithmetic_follows_the_profiles_dtype(tmp_path: Path) -> None:
+    _llama(tmp_path / "models" / "smollm2-135m")
+    shape = ModelShape.read(tmp_path / "models" / "smollm2-135m")
+    assert shape.kv_bytes_per_token("auto") == 2 * 30 * 3 * 64 * 4  # keys and values, layers, heads, width, float32
+    assert shape.kv_bytes_per_token("bfloat16") == 2 * 30 * 3 * 64 * 2
+    assert (shape.weights_in("auto"), shape.weights_in("bfloat16")) == (1000, 500)
+
+
+def test_kv_cache_too_small_for_the_longest_request_is_to_be_minded(tmp_path: Path) -> None:
+    _llama(tmp_path / "models" / "smollm2-135m")
+    model = ModelConfig(id="m", source="smollm2-135m")
+    group = GroupConfig(name="g", model="m")
+    tokens = GIB // (2 * 30 * 3 * 64 * 4)
+    assert group_memory(group, model, tmp_path).status == "ok"
+    small = msgspec.structs.replace(group, engine=msgspec.structs.replace(group.engine, kv_cache_gib=0.125))
+    found = group_memory(small, model, tmp_path)
+    assert found.status == "warn"
+    assert f"max_model_len to {tokens // 8} at most" in found.advice
