@@ -47,7 +47,9 @@ class Ingress:
     """One ingress replica. Serve sends it traffic when `__init__` has returned, and ends it with `__del__`, which
     runs after the last response (or when `graceful_shutdown_timeout_s` has passed)."""
 
-    async def __init__(self, config: Config, runtime: Runtime, app_factory: AppFactory, *_groups: object) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: Config, runtime: Runtime, app_factory: AppFactory, *_groups: object
+    ) -> None:
         self._served = await app_factory(config, runtime)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -67,7 +69,6 @@ def ingress(
 ) -> Application:
     """The ingress deployment, bound; `groups` are bound to it so that one Serve application deploys everything."""
     deployment = serve.deployment(
-        serve.ingress()(Ingress),
         name=INGRESS,
         num_replicas=config.http.ingress_replicas,
         max_ongoing_requests=config.http.max_ongoing_requests,
@@ -79,4 +80,4 @@ def ingress(
         max_constructor_retry_count=3,
         ray_actor_options={"num_cpus": num_cpus},
     )
-    return deployment.bind(config, runtime, app_factory, *groups)
+    return deployment(serve.ingress()(Ingress)).bind(config, runtime, app_factory, *groups)

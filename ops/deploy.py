@@ -1,8 +1,7 @@
 """One Ray Serve application: ingress, replica groups and, when `redis.url` is `embedded`, their Valkey.
 
-    warmgate serve               builds it in the supervisor (`ops.serve`)
-    serve run ops.deploy:build profile=quickstart
-    serveConfigV2 of a RayService: import_path: ops.deploy:build, args: {profile: …}
+Built by `warmgate serve` in the supervisor, by `serve run ops.deploy:build profile=quickstart`, and by a RayService
+whose serveConfigV2 says `import_path: ops.deploy:build` and `args: {profile: …}`.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ def application(config: Config, runtime: Runtime, parts: Parts | None = None) ->
 
 
 def _kept_secret(runtime: Runtime) -> bytes:
-    """The secret of this run folder: Serve calls `build` again on every deploy, and a new one would part old from new."""
+    """The secret of this run folder: Serve calls `build` on every deploy, and a new one would part old from new."""
     path = runtime.run_dir / "secret"
     fresh = runtime.run_dir / f"secret.{os.getpid()}"
     fresh.touch(mode=0o600)

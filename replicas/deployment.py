@@ -54,7 +54,9 @@ async def replica_host(config: Config, group: GroupConfig, runtime: Runtime, rep
 class Replica:
     """One replica process. A replacement for a dead one is a new process with a new id: it announces itself anew."""
 
-    async def __init__(self, config: Config, group: GroupConfig, runtime: Runtime, host_factory: HostFactory) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: Config, group: GroupConfig, runtime: Runtime, host_factory: HostFactory
+    ) -> None:
         self._drain_s = config.ray.drain_s
         self._host = await host_factory(config, group, runtime, f"{group.name}-{secrets.token_hex(4)}")
 
@@ -77,7 +79,6 @@ class Replica:
 def replica_group(config: Config, group: GroupConfig, runtime: Runtime, host_factory: HostFactory) -> Application:
     """The deployment of one group, bound."""
     deployment = serve.deployment(
-        Replica,
         name=group_deployment(group),
         num_replicas=group.replicas,
         graceful_shutdown_timeout_s=config.ray.drain_s + DRAIN_MARGIN_S,
@@ -87,7 +88,7 @@ def replica_group(config: Config, group: GroupConfig, runtime: Runtime, host_fac
         max_constructor_retry_count=3,
         ray_actor_options=actor_options(group),
     )
-    return deployment.bind(config, group, runtime, host_factory)
+    return deployment(Replica).bind(config, group, runtime, host_factory)
 
 
 def group_deployment(group: GroupConfig) -> str:

@@ -10,7 +10,7 @@ One layer's cache, seen as rows of one head of one token:
 Heads before tokens, so that a head's keys in a block are neighbours: measured on one CPU core this reads 1.2-1.7 times
 as fast as tokens before heads. What a step needs to know (rows, masks) is worked out once per step, not per layer.
 
-Single tokens attend in groups of similar context length, chunks of prompts one by one.
+Here single tokens attend, in groups of similar context length; chunks of prompts do in `prefill`.
 """
 
 from __future__ import annotations
@@ -165,39 +165,6 @@ class GatherDecode:
         return torch.matmul(torch.softmax(scores, dim=-1), v).flatten(1, 2)
 
 
-class ChunkAttention:
-    """Attention of a chunk of one prompt: the first tokens when `context` is None, else some that see earlier ones."""
-
-    def __init__(self, geometry: KvGeometry, context: Context | None) -> None:
-        self._geometry = geometry
-        self._bias: Tensor | None = None
-        if context is not None:
-            heads = torch.arange(geometry.num_kv_heads, device=context.blocks.device)
-            keys = geometry.key_rows(context.blocks, heads)  # [num_kv_heads, num_keys]
-            self._rows_shape = (*keys.shape, geometry.head_dim)
-            self._keys = keys.flatten()
-            self._values = self._keys + geometry.value_offset
-            self._bias = context.bias.to(geometry.dtype)  # [num_tokens, num_keys]
-
-    def __call__(self, qkv: Tensor, cache: Tensor) -> Tensor:
-        """qkv: [num_tokens, num_heads + 2 num_kv_heads, head_dim] → [num_tokens, num_heads, head_dim]."""
-        geometry = self._geometry
-        num_heads, num_kv_heads = geometry.num_heads, geometry.num_kv_heads
-        num_tokens = qkv.shape[0]
-        q = qkv[:, :num_heads].view(num_tokens, num_kv_heads, geometry.group, -1)
-        q = q.permute(1, 2, 0, 3)  # [num_kv_heads, group, num_tokens, head_dim]
-        if self._bias is None:
-            kv = qkv[:, num_heads:].transpose(0, 1)
-            k, v = kv[:num_kv_heads], kv[num_kv_heads:]
-        else:
-            k = cache.index_select(0, self._keys).view(self._rows_shape)
-            v = cache.index_select(0, self._values).view(self._rows_shape)
-        # Query heads of a group read the same keys: a dimension of stride 0 instead of copies.
-        k, v = (x.unsqueeze(1).expand(-1, geometry.group, -1, -1) for x in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, self._bias, is_causal=self._bias is None, scale=geometry.scale)
-        return out.permute(2, 0, 1, 3).flatten(1, 2)
-
-
 DecodeKernel: TypeAlias = type[SparseDecode] | type[GatherDecode]
 
 
@@ -221,25 +188,3 @@ def _has_sampled_product() -> bool:
     except (RuntimeError, NotImplementedError):
         return False
     return bool(product.values().item() == 1.0)
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionView:
-    """A step's attention for layers with the same window: rows of the packed batch, and who attends for them.
-
-    `writes`: cache rows of every k and v head of every token, [num_tokens * 2 num_kv_heads].
-    """
-
-    geometry: KvGeometry
-    writes: Tensor
-    decodes: tuple[tuple[slice, Decode], ...]
-    chunks: tuple[tuple[slice, ChunkAttention], ...]
-
-    def __call__(self, qkv: Tensor, cache: Tensor) -> Tensor:
-        """Writes k and v into the layer's cache, then attends. → [num_tokens, num_heads * head_dim]."""
-        num_heads = self.geometry.num_heads
-        cache.index_copy_(0, self.writes, qkv[:, num_heads:].reshape(-1, self.geometry.head_dim))
-        parts = [decode(qkv[rows, :num_heads], cache) for rows, decode in self.decodes]
-        parts += [chunk(qkv[rows], cache) for rows, chunk in self.chunks]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return out.flatten(1)

@@ -15,13 +15,36 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from replicas.engine.attention import AttentionView, ChunkAttention, Context, Decode, DecodeKernel, KvGeometry
+from replicas.engine.attention import Context, Decode, DecodeKernel, KvGeometry
+from replicas.engine.prefill import Chunk, ChunkAttention, ChunkKernel, visibility_bias
 from replicas.engine.sequence import Plan, PlanItem
 
 Ints = npt.NDArray[np.int64]
 
 # A group more costs about as much time in a layer as this many padded keys (one CPU core, 3 KV heads of 64).
 _GROUP_COST_KEYS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionView:
+    """A step's attention for layers with the same window: rows of the packed batch, and who attends for them.
+
+    `writes`: cache rows of every k and v head of every token, [num_tokens * 2 num_kv_heads].
+    """
+
+    geometry: KvGeometry
+    writes: Tensor
+    decodes: tuple[tuple[slice, Decode], ...]
+    chunks: tuple[tuple[slice, ChunkAttention], ...]
+
+    def __call__(self, qkv: Tensor, cache: Tensor) -> Tensor:
+        """Writes k and v into the layer's cache, then attends. → [num_tokens, num_heads * head_dim]."""
+        num_heads = self.geometry.num_heads
+        cache.index_copy_(0, self.writes, qkv[:, num_heads:].reshape(-1, self.geometry.head_dim))
+        parts = [decode(qkv[rows, :num_heads], cache) for rows, decode in self.decodes]
+        parts += [chunk(qkv[rows], cache) for rows, chunk in self.chunks]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return out.flatten(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +67,7 @@ class Batcher:
 
     geometry: KvGeometry
     decode: DecodeKernel
+    chunk: ChunkKernel
     windows: frozenset[int | None]
 
     def build(self, plan: Plan) -> StepBatch:
@@ -99,7 +123,7 @@ class Batcher:
             queries = self._put(np.array([item.start for item in items[start:end]]))
             keys_from = self._put(np.array([span.start * size for span in spans[start:end]]))
             keys = keys_from[:, None] + torch.arange(tables.shape[1] * size, device=self.geometry.device)
-            context = Context(self._put(tables), _bias(queries[:, None], keys, window))
+            context = Context(self._put(tables), visibility_bias(queries[:, None], keys, window))
             yield slice(start, end), self.decode(self.geometry, context)
             start = end
 
@@ -109,18 +133,16 @@ class Batcher:
         for item in items:
             rows = slice(row, row + item.num_tokens)
             row = rows.stop
-            yield rows, ChunkAttention(self.geometry, self._chunk_context(item, window))
+            yield rows, self.chunk(self.geometry, self._chunk(item, window))
 
-    def _chunk_context(self, item: PlanItem, window: int | None) -> Context | None:
-        end = item.start + item.num_tokens
-        if item.start == 0 and (window is None or end <= window):
-            return None
-        size = self.geometry.block_size
+    def _chunk(self, item: PlanItem, window: int | None) -> Chunk:
+        size, end = self.geometry.block_size, item.start + item.num_tokens
+        queries = range(item.start, end)
+        if item.start == 0:
+            return Chunk(queries, queries, window, None)
         span = _blocks_seen(item.start, end, window, size)
-        queries = torch.arange(item.start, end, device=self.geometry.device)
-        keys = torch.arange(span.start * size, span.stop * size, device=self.geometry.device)
         blocks = self._put(np.array(item.seq.block_ids[span.start : span.stop]))
-        return Context(blocks, _bias(queries[:, None], keys[None], window))
+        return Chunk(queries, range(span.start * size, span.stop * size), window, blocks)
 
     def _put(self, values: Ints) -> Tensor:
         return torch.from_numpy(values).to(self.geometry.device)
@@ -135,14 +157,6 @@ def _blocks_seen(first: int, end: int, window: int | None, block_size: int) -> r
     """Blocks of a sequence that queries at positions [first, end) may see."""
     oldest = 0 if window is None else max(0, first - window + 1)
     return range(oldest // block_size, -(-end // block_size))
-
-
-def _bias(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """0 where a query may see a key, -inf elsewhere. Both are positions, broadcast against each other."""
-    hidden = keys > queries
-    if window is not None:
-        hidden |= keys <= queries - window
-    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
 
 
 def _group_ends(num_keys: Sequence[int]) -> Iterator[int]:

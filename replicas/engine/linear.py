@@ -48,6 +48,15 @@ class PackedLinear:
         return y
 
 
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ by oneDNN for a weight used once: [rows, in_features], [out_features, in_features] → [rows, out_features].
+
+    Only where `can_pack` says so.
+    """
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
+    return y
+
+
 def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
     """The fastest product that this weight's device and dtype have. weight: [out_features, in_features]."""
     return PackedLinear(weight, bias) if can_pack(weight) else PlainLinear(weight, bias)

@@ -14,6 +14,7 @@ from replicas.engine.attention import KvCache, KvGeometry, pick_decode
 from replicas.engine.batch import Batcher, StepBatch
 from replicas.engine.model import Decoder
 from replicas.engine.noise import hash_tokens
+from replicas.engine.prefill import pick_chunk
 from replicas.engine.sampler import Sampler, prompt_logprobs
 from replicas.engine.sequence import Plan, PlanItem, Sampled, StepResult
 
@@ -42,7 +43,8 @@ class TorchRunner:
         spec = decoder.spec
         self._decoder = decoder
         self._cache = cache
-        self._batcher = Batcher(geometry, pick_decode(geometry, cache.num_blocks), frozenset(spec.windows))
+        decode, chunk = pick_decode(geometry, cache.num_blocks), pick_chunk(geometry)
+        self._batcher = Batcher(geometry, decode, chunk, frozenset(spec.windows))
         self._sampler = Sampler(hash_tokens(spec.vocab_size, geometry.device), spec.eos_token_ids)
 
     @torch.inference_mode()

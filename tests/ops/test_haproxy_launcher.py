@@ -41,7 +41,11 @@ def rendered(tmp_path: Path, host: str = "127.0.0.1") -> str:
     }
     unset = ("timeout_http_request_s", "timeout_queue_s", "retries")
     config |= dict.fromkeys(unset)
-    values = {"config": config, "route_info": {"status": 200, "routes_content_type": "text/plain", "routes_message": "{}"}, "backends": []}
+    values = {
+        "config": config,
+        "route_info": {"status": 200, "routes_content_type": "text/plain", "routes_message": "{}"},
+        "backends": [],
+    }
     environment = Environment()
     environment.filters["haproxy_fmt"] = repr
     return environment.from_string(TEMPLATE).render(values)

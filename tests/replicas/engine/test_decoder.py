@@ -7,18 +7,20 @@ import copy
 import pytest
 import torch
 
-from replicas.engine.attention import DecodeKernel, GatherDecode, SparseDecode
 from tests.replicas.engine.conftest import TinyModels
 from tests.replicas.engine.tiny import (
     FAMILIES,
+    GATHERED,
+    IN_PLACE,
     ByHand,
+    Kernels,
     make_sequence,
     oracle_logits,
     random_tokens,
     scattered_tables,
 )
 
-KERNELS = [SparseDecode, GatherDecode]
+KERNELS = [pytest.param(IN_PLACE, id="in place"), pytest.param(GATHERED, id="gathered")]
 TOLERANCE = 1e-4
 
 
@@ -32,33 +34,33 @@ def test_logits_of_one_pass_equal_transformers(name: str, tiny_model: TinyModels
     tokens = random_tokens(50, seed=1)
     seq = make_sequence(tokens)
     scattered_tables(seq, capacity=50)
-    (logits,) = ByHand.load(folder, SparseDecode).step((seq, 0, 50))
+    (logits,) = ByHand.load(folder, IN_PLACE).step((seq, 0, 50))
     close(logits, oracle_logits(oracle, tokens))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_of_chunks_and_single_tokens_equal_transformers(
-    name: str, kernel: DecodeKernel, tiny_model: TinyModels
+    name: str, kernels: Kernels, tiny_model: TinyModels
 ) -> None:
     folder, oracle = tiny_model(name)
     tokens = random_tokens(60, seed=2)
     seq = make_sequence(tokens)
     scattered_tables(seq, capacity=60)
-    model = ByHand.load(folder, kernel)
+    model = ByHand.load(folder, kernels)
     ends = [1, 2, 9, 10, 25, 28, 41, *range(42, 61)]
     parts = [model.step((seq, start, end))[0] for start, end in zip([0, *ends], ends, strict=False)]
     close(torch.cat(parts), oracle_logits(oracle, tokens))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("name", ["llama", "mistral with window", "qwen2 with some windows"])
-def test_sequences_in_one_step_do_not_see_each_other(name: str, kernel: DecodeKernel, tiny_model: TinyModels) -> None:
+def test_sequences_in_one_step_do_not_see_each_other(name: str, kernels: Kernels, tiny_model: TinyModels) -> None:
     folder, oracle = tiny_model(name)
     lengths = [3, 120, 17, 44, 90, 5, 16]
     seqs = [make_sequence(random_tokens(n + 6, seed=n), str(n)) for n in lengths]
     scattered_tables(*seqs, capacity=126)
-    model = ByHand.load(folder, kernel)
+    model = ByHand.load(folder, kernels)
     parts: list[list[torch.Tensor]] = [[] for _ in seqs]
     for step in range(8):
         # Sequence i starts in step i // 3, in two chunks; later steps mix chunks with single tokens.
@@ -81,7 +83,7 @@ def test_dynamic_rope_beyond_the_trained_length_equals_transformers_token_by_tok
     tokens = random_tokens(280, seed=4)  # trained for 256
     seq = make_sequence(tokens)
     scattered_tables(seq, capacity=280)
-    model = ByHand.load(folder, SparseDecode)
+    model = ByHand.load(folder, IN_PLACE)
     ours = [model.step((seq, 0, 250))[0][-1]]
     with torch.no_grad():
         first = oracle(torch.tensor([tokens[:250]]), use_cache=True)
@@ -99,7 +101,7 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_bfloat16(name: str, tiny
     tokens = random_tokens(50, seed=6)
     seq = make_sequence(tokens)
     scattered_tables(seq, capacity=50)
-    model = ByHand.load(folder, GatherDecode, torch.bfloat16)
+    model = ByHand.load(folder, GATHERED, torch.bfloat16)
     ours = torch.cat([model.step((seq, start, end))[0] for start, end in ((0, 20), (20, 48), (48, 49), (49, 50))])
     exact = oracle_logits(oracle, tokens)
     theirs = oracle_logits(copy.deepcopy(oracle).to(torch.bfloat16), tokens).float()
@@ -111,7 +113,7 @@ def test_copied_blocks_hold_what_their_sources_held(tiny_model: TinyModels) -> N
     tokens = random_tokens(20, seed=7)
     first, second = make_sequence(tokens, "a"), make_sequence([*tokens[:18], 5, 6], "b")
     scattered_tables(first, second, capacity=20)
-    model = ByHand.load(folder, SparseDecode)
+    model = ByHand.load(folder, IN_PLACE)
     model.step((first, 0, 20))
     second.block_ids[:4] = first.block_ids[:4]
     model.cache.copy([(first.block_ids[4], second.block_ids[4])])

@@ -11,18 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from replicas.contract import EngineError
-from replicas.engine.attention import GatherDecode
 from replicas.engine.families import read_spec
 from replicas.engine.linear import PackedLinear, PlainLinear, can_pack
 from replicas.engine.weights import Checkpoint, WeightLoader
 from tests.replicas.engine.conftest import TinyModels
-from tests.replicas.engine.tiny import ByHand, make_sequence, random_tokens, scattered_tables
+from tests.replicas.engine.tiny import GATHERED, ByHand, make_sequence, random_tokens, scattered_tables
 
 
 def logits(folder: Path) -> torch.Tensor:
     seq = make_sequence(random_tokens(20, seed=1))
     scattered_tables(seq, capacity=20)
-    return ByHand.load(folder, GatherDecode).step((seq, 0, 20))[0]
+    return ByHand.load(folder, GATHERED).step((seq, 0, 20))[0]
 
 
 def load(folder: Path) -> None:

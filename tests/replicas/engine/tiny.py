@@ -6,23 +6,27 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from replicas.contract import GenerateRequest, SamplingParams, pack_tokens
-from replicas.engine.attention import DecodeKernel, KvCache, KvGeometry
+from replicas.engine.attention import DecodeKernel, GatherDecode, KvCache, KvGeometry, SparseDecode
 from replicas.engine.batch import Batcher
 from replicas.engine.families import read_spec
 from replicas.engine.model import Decoder
+from replicas.engine.prefill import ChunkKernel, FusedChunk, TiledChunk
 from replicas.engine.rope import rope_table
 from replicas.engine.sequence import Plan, PlanItem
 from replicas.engine.sequence import Sequence as Request
 from replicas.engine.weights import Checkpoint, WeightLoader
 
 VOCAB = 97
+Kernels: TypeAlias = tuple[DecodeKernel, ChunkKernel]
+IN_PLACE: Kernels = (SparseDecode, TiledChunk)
+GATHERED: Kernels = (GatherDecode, FusedChunk)
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 96,
@@ -112,14 +116,14 @@ class ByHand:
     batcher: Batcher
 
     @classmethod
-    def load(cls, folder: Path, decode: DecodeKernel, dtype: torch.dtype = torch.float32) -> ByHand:
+    def load(cls, folder: Path, kernels: Kernels, dtype: torch.dtype = torch.float32) -> ByHand:
         spec, device = read_spec(folder), torch.device("cpu")
         weights = WeightLoader(Checkpoint(folder), spec, dtype, device).load()
         geometry = KvGeometry.of(spec, 4, dtype, device)
         return cls(
             Decoder(spec, weights, rope_table(spec.rope, spec.head_dim, spec.max_len)),
             KvCache(geometry, spec.num_layers, 256),
-            Batcher(geometry, decode, frozenset(spec.windows)),
+            Batcher(geometry, *kernels, frozenset(spec.windows)),
         )
 
     @torch.inference_mode()
