@@ -114,6 +114,8 @@ class ChatClient:
     def _unreachable(self, error: httpx.HTTPError) -> ChatError:
         if isinstance(error, httpx.ConnectError):
             return ChatError(f"no gateway at {self.options.url}; start one with: warmgate serve")
+        if isinstance(error, httpx.UnsupportedProtocol):
+            return ChatError(f"not an address like http://127.0.0.1:8000: {self.options.url}")
         return ChatError(f"the connection to {self.options.url} broke: {error or type(error).__name__}")
 
 

@@ -49,7 +49,8 @@ class RayPorts:
     @classmethod
     def draw(cls) -> RayPorts:
         """Ports that are free now, all different."""
-        return cls(*free_ports(5), free_block(NUM_INGRESS_PORTS))
+        metrics, stats, fallback, autoscaler, dashboard = free_ports(5)
+        return cls(metrics, stats, fallback, autoscaler, dashboard, free_block(NUM_INGRESS_PORTS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +220,7 @@ def start_cluster(plan: RayPlan) -> str:
         )
     except Exception as error:
         raise RayStartError(f"Ray did not start: {error}") from error
-    return ray.get_runtime_context().gcs_address
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def join_cluster(address: str) -> str:
@@ -230,7 +231,7 @@ def join_cluster(address: str) -> str:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         raise RayStartError(f"cannot join the Ray at {address}: {error}") from error
-    return ray.get_runtime_context().gcs_address
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def stop_cluster() -> None:

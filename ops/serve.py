@@ -118,7 +118,11 @@ class Supervisor:
             self.serving.watch(self._head_is_well)
         except (StopRequested, SystemExit):  # ray.init has SIGTERM raise SystemExit while it runs
             return 0
-        except (StartFailedError, RayStartError) as error:
+        except Exception as error:
+            if self.stopping:  # the signal came to light as some other error inside Ray
+                return 0
+            if not isinstance(error, (StartFailedError, RayStartError)):
+                raise
             self.progress.say(str(error), "red")
             self.progress.say(f"logs: {self.runtime.run_dir / 'logs'}")
             return 1

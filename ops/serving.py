@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -12,7 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from configs import check
 from configs.runtime import Runtime
@@ -71,21 +72,25 @@ class Serving:
         """Starts Serve and the application; returns when `/ready` says 200. Raises StartFailedError."""
         end = time.monotonic() + timeout_s
         with self.progress.step("serve"):
-            self._start_application()
+            try:
+                self._start_application()
+            except Exception as error:
+                raise StartFailedError(f"Ray Serve did not start\n{_excerpt(str(error))}") from error
         for name, deployments in self._stages():
             with self.progress.step(name) as step:
                 self._await_running(deployments, step.tell, end)
         with self.progress.step("ready") as step:
             self._await_ready(step.tell, end)
 
-    def watch(self, head_is_alive: Callable[[], bool]) -> None:
+    def watch(self, head_is_alive: Callable[[], bool]) -> NoReturn:
         """Reports replicas that die and come back, until interrupted. Raises StartFailedError when Ray itself died."""
         while True:
             time.sleep(WATCH_S)
             if not head_is_alive():
                 raise StartFailedError("Ray's head process died")
-            for name, overview in self._status().deployments.items():
-                self._report(name, running(overview), self._target(name))
+            with contextlib.suppress(Exception):  # Serve's controller may be away for a moment
+                for name, overview in self._status().deployments.items():
+                    self._report(name, running(overview), self._target(name))
 
     def drain(self) -> None:
         """Deletes the application: ingress and replicas finish what runs, for at most `ray.drain_s`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import openai
 import pytest
 
@@ -29,7 +30,8 @@ def test_streamed_chat_equals_the_plain_answer_and_ends_with_usage(client: opena
     chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
     assert chunks[0].choices[0].delta.role == "assistant"
     assert all(c.choices[0].delta.role is None for c in chunks[1:-1])
-    assert chunks[-1].choices == [] and chunks[-1].usage == plain.usage or chunks[-1].usage is not None
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == plain.usage.completion_tokens
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert text == plain.choices[0].message.content
     reasons = [c.choices[0].finish_reason for c in chunks if c.choices]
@@ -79,7 +81,8 @@ def test_a_stop_string_cuts_the_answer_exactly(client: openai.OpenAI) -> None:
 
 def test_completions_take_all_four_kinds_of_prompt(client: openai.OpenAI) -> None:
     text = "The first three letters of the alphabet are"
-    ids = client.post("/../tokenize", body={"model": MODEL, "prompt": text}, cast_to=dict)["tokens"]
+    root = str(client.base_url).removesuffix("/v1/")
+    ids = httpx.post(f"{root}/tokenize", json={"model": MODEL, "prompt": text}, timeout=30).json()["tokens"]
     asked = {"model": MODEL, "temperature": 0, "max_tokens": 8}
     answers = [client.completions.create(prompt=p, **asked) for p in (text, [text], ids, [ids])]
     assert len({a.choices[0].text for a in answers}) == 1
@@ -88,8 +91,8 @@ def test_completions_take_all_four_kinds_of_prompt(client: openai.OpenAI) -> Non
     assert both.choices[0].text == answers[0].choices[0].text
 
 
-def test_echo_with_logprobs_scores_the_prompt(client: openai.OpenAI) -> None:
-    answer = client.completions.create(
+def test_echo_with_logprobs_scores_the_prompt(lenient: openai.OpenAI) -> None:
+    answer = lenient.completions.create(
         model=MODEL, prompt="The sky is blue", max_tokens=1, temperature=0, echo=True, logprobs=1
     )
     logprobs = answer.choices[0].logprobs

@@ -58,7 +58,12 @@ def test_lm_eval_scores_a_local_task(stack: Stack, tmp_path: Path) -> None:
     )
     command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", arguments]
     command += ["--tasks", "wg_local", "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out")]
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "x"}
+    environment = {
+        **os.environ,
+        "HF_DATASETS_CACHE": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "OPENAI_API_KEY": "x",
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())
@@ -66,7 +71,11 @@ def test_lm_eval_scores_a_local_task(stack: Stack, tmp_path: Path) -> None:
 
 
 def test_the_curl_of_the_readme_works(stack: Stack) -> None:
-    body = {"model": MODEL, "messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
+    body = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "temperature": 0,
+    }
     command = ["curl", "-sS", f"{stack.url}/v1/chat/completions", "-H", "content-type: application/json"]
     done = subprocess.run([*command, "-d", json.dumps(body)], capture_output=True, text=True, timeout=60, check=True)
     assert json.loads(done.stdout)["choices"][0]["message"]["content"] == PARIS

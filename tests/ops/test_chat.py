@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import select
 import subprocess
 import sys
 import threading
@@ -260,28 +261,48 @@ def test_stopped_answer_stays_in_the_conversation(gateway: Gateway) -> None:
     assert "(stopped)" in out.getvalue()
 
 
+class Terminal:
+    """A terminal with a program in it: type, and wait for what it shows."""
+
+    def __init__(self, command: list[str], env: dict[str, str]) -> None:
+        self.screen, self._tty = pty.openpty()
+        self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=self._tty, stdout=self._tty, stderr=self._tty)
+        self._shown = ""
+
+    def type(self, keys: bytes) -> None:
+        os.write(self.screen, keys)
+
+    def expect(self, part: str, limit_s: float = 20.0) -> None:
+        """Waits until `part` is shown, after whatever was expected before."""
+        end = time.monotonic() + limit_s
+        while part not in self._shown:
+            ready, _, _ = select.select([self.screen], [], [], max(0.0, end - time.monotonic()))
+            assert ready, f"{part!r} was not shown, but {self._shown!r}"
+            self._shown += os.read(self.screen, 4096).decode()
+        self._shown = self._shown.partition(part)[2]
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._tty)
+        os.close(self.screen)
+
+
 def test_terminal_conversation_has_an_editable_history(gateway: Gateway, tmp_path: Path) -> None:
-    gateway.says("fine")
-    parent, child = pty.openpty()
+    gateway.says("fine", "ly")
     env = {**os.environ, "WARMGATE_HOME": str(tmp_path), "TERM": "xterm", "NO_COLOR": "1"}
-    command = [sys.executable, "-m", "ops.cli", "chat", "--url", gateway.url]
-    with subprocess.Popen(command, cwd=ROOT, env=env, stdin=child, stdout=child, stderr=child) as process:
-        os.close(child)
-        _read_until(parent, "> ")
-        os.write(parent, b"hello\n")
-        _read_until(parent, "tok/s)")
-        os.write(parent, b"\x1b[A\x7fp\n")  # up: the last line again, its last letter replaced
-        _read_until(parent, "tok/s)")
-        os.write(parent, b"\x04")
-        assert process.wait(10) == 0
-    os.close(parent)
+    terminal = Terminal([sys.executable, "-m", "ops.cli", "chat", "--url", gateway.url], env)
+    try:
+        terminal.expect("> ")
+        terminal.type(b"hello\r")
+        terminal.expect("tok/s)")
+        terminal.expect("> ")
+        terminal.type(b"\x1b[A\x7fp\r")  # up: the last line again, its last letter replaced
+        terminal.expect("tok/s)")
+        terminal.expect("> ")
+        terminal.type(b"\x04")
+        assert terminal.process.wait(10) == 0
+    finally:
+        terminal.close()
     assert [body["messages"][-1]["content"] for body in gateway.bodies] == ["hello", "hellp"]
     assert (tmp_path / "chat_history").read_text().split() == ["hello", "hellp"]
-
-
-def _read_until(terminal: int, part: str, limit_s: float = 15.0) -> str:
-    text, end = "", time.monotonic() + limit_s
-    while part not in text and time.monotonic() < end:
-        text += os.read(terminal, 4096).decode()
-    assert part in text
-    return text

@@ -78,6 +78,21 @@ def test_sequences_in_one_step_do_not_see_each_other(name: str, kernels: Kernels
         assert len(ours) >= 6
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("name", ["llama", "mistral with window"])
+def test_chunks_of_several_tiles_equal_transformers(name: str, kernels: Kernels, tiny_model: TinyModels) -> None:
+    folder, oracle = tiny_model(name)
+    tokens = random_tokens(256, seed=3)
+    whole, halves = make_sequence(tokens, "a"), make_sequence(tokens, "b")
+    scattered_tables(whole, halves, capacity=256)
+    model = ByHand.load(folder, kernels)
+    model.step((halves, 0, 101))
+    (one_pass, rest) = model.step((whole, 0, 256), (halves, 101, 256))
+    expected = oracle_logits(oracle, tokens)
+    close(one_pass, expected)
+    close(rest, expected[101:])
+
+
 def test_dynamic_rope_beyond_the_trained_length_equals_transformers_token_by_token(tiny_model: TinyModels) -> None:
     folder, oracle = tiny_model("dynamic rope")
     tokens = random_tokens(280, seed=4)  # trained for 256
