@@ -109,6 +109,8 @@ def _core_env(folder: Path, ports: RayPorts) -> dict[str, str]:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_prestart_worker_first_driver": "0",
+        # Ray would kill replicas when the whole machine is at 95 % of its memory, whoever uses it.
+        "RAY_memory_monitor_refresh_ms": "0",
         "AUTOSCALER_METRIC_PORT": str(ports.autoscaler_metrics),
         "DASHBOARD_METRIC_PORT": str(ports.dashboard_metrics),
     }

@@ -66,7 +66,8 @@ def preflight(config: Config, runtime: Runtime) -> None:
     running = find_instance(runtime.run_dir)
     if running is not None:
         raise ConfigError(f"process {running.pid} already serves this at {running.url}", key=("http", "port"))
-    if (reason := ray_cluster.port_problem(config)) is not None:
+    private = config.ray.address == "local"  # elsewhere the port may well be held by the Serve we are joining
+    if private and (reason := ray_cluster.port_problem(config)) is not None:
         raise ConfigError(reason, key=("http", "port"))
     for problem in check.missing_models(config, runtime.home):
         raise ConfigError(problem.reason, key=problem.key)

@@ -29,14 +29,13 @@ from replicas.contract import (
 )
 from replicas.engine.core import EngineCore
 from replicas.engine.limits import refusal
+from replicas.engine.stall import StallDetector
 from replicas.engine.thread import Abort, BuiltEngine, Call, EngineThread
 
 __all__ = ["BuiltEngine", "ThreadedEngine"]
 
 logger = logging.getLogger(__name__)
 
-MIN_STALL_S = 5.0
-STALL_FACTOR = 5.0
 WATCH_PERIOD_S = 1.0
 CLOSE_TIMEOUT_S = 10.0
 
@@ -45,13 +44,13 @@ class ThreadedEngine:
     """`replicas.contract.Engine` around an EngineCore that `build` makes in the engine's own thread.
 
     `build` may take as long as loading weights takes; an exception of it is raised by `start` as EngineError. The
-    engine is dead when a step fails, when the thread ends, or when there is work and no progress for
-    max(`MIN_STALL_S`, `STALL_FACTOR` × predicted step): open requests then end with `engine_dead`, `submit` refuses,
-    and `stats` raises EngineDeadError.
+    engine is dead when a step fails, when the thread ends, or when there is work and no progress for too long
+    (`StallDetector`): open requests then end with `engine_dead`, `submit` refuses, and `stats` raises EngineDeadError.
     """
 
     def __init__(self, build: Callable[[], BuiltEngine], clock: Callable[[], float] = time.monotonic) -> None:
         self._thread = EngineThread(build, clock)
+        self._stall = StallDetector(self._thread.cpu_s)
         self._clock = clock
         self._sink: StepSink | None = None
         self._facts: EngineFacts | None = None
@@ -75,7 +74,7 @@ class ThreadedEngine:
         """Whether there is work and has been no progress for too long. Loading an adapter is not a stall."""
         if not self._open or self._thread.is_calling:
             return False
-        return self._since_progress_s() > max(MIN_STALL_S, STALL_FACTOR * self._thread.predicted_step_s)
+        return self._stall.stalled(self._clock(), self._progress_at(), self._thread.predicted_step_s)
 
     # Engine protocol.
 
@@ -189,14 +188,15 @@ class ThreadedEngine:
         """A step that never returns cannot report itself."""
         if self.stalled:
             self._thread.stop()
-            message = f"work and no progress for {self._since_progress_s():.1f} s"
+            message = f"work and no progress for {self._clock() - self._progress_at():.1f} s"
             logger.error("engine stalled: %s", message)
             self.bury(Fault("engine_dead", f"the engine stopped: {message}", retryable=True))
+        self._stall.look()
         if self._dead is None:
             self._watch = asyncio.get_running_loop().call_later(WATCH_PERIOD_S, self._watch_progress)
 
-    def _since_progress_s(self) -> float:
-        return self._clock() - max(self._thread.progress_at, self._busy_since)
+    def _progress_at(self) -> float:
+        return max(self._thread.progress_at, self._busy_since)
 
     def _refusal(self, request: GenerateRequest) -> Fault | None:
         if self._dead is not None:

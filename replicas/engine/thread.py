@@ -22,6 +22,7 @@ from replicas.contract import (
 )
 from replicas.engine.core import EngineCore
 from replicas.engine.limits import unknown_token
+from replicas.engine.stall import thread_cpu_s
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -108,6 +109,10 @@ class EngineThread:
         """Waits until the thread has ended, or `timeout_s` have passed."""
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, timeout_s)
+
+    def cpu_s(self) -> float:
+        """CPU seconds the thread has used."""
+        return thread_cpu_s(self._thread)
 
     def fail_calls(self, error: EngineError) -> None:
         """Ends the calls that will not be taken any more."""

@@ -25,7 +25,7 @@ def test_langchain_chat_streams_and_counts(stack: Stack) -> None:
         model=MODEL, base_url=f"{stack.url}/v1", api_key=SecretStr("unused"), temperature=0, max_completion_tokens=24
     )
     assert chat.invoke("What is the capital of France?").content == PARIS
-    chunks = list(chat.stream("What is the capital of France?"))
+    chunks = list(chat.stream("What is the capital of France?", stream_usage=True))
     assert "".join(str(c.content) for c in chunks) == PARIS
     assert any(c.usage_metadata for c in chunks)
 

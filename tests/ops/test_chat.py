@@ -40,7 +40,9 @@ class Gateway:
 
     def says(self, *texts: str, finish_reason: str = "stop") -> None:
         deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}, *({"content": text} for text in texts)]
-        chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+        chunks: list[dict[str, Any]] = [
+            {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas
+        ]
         chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": finish_reason}]})
         chunks.append(
             {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": len(texts), "total_tokens": 9}}

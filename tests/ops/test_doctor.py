@@ -177,3 +177,13 @@ def test_kv_cache_too_small_for_the_longest_request_is_to_be_minded(tmp_path: Pa
     found = group_memory(small, model, tmp_path)
     assert found.status == "warn"
     assert f"max_model_len to {tokens // 8} at most" in found.advice
+
+
+def test_auto_is_float32_on_a_cpu_whatever_the_files_hold(tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "smollm2-135m"
+    _llama(folder)
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace("float32", "bfloat16"))
+    model, group = ModelConfig(id="m", source="smollm2-135m"), GroupConfig(name="g", model="m")
+    half = msgspec.structs.replace(group, engine=msgspec.structs.replace(group.engine, dtype="bfloat16"))
+    weights = group_memory(group, model, tmp_path).replica_bytes - group_memory(half, model, tmp_path).replica_bytes
+    assert weights == 1000

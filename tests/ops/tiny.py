@@ -86,7 +86,7 @@ def _tensors(writer: GGUFWriter, vocab_size: int) -> None:
             writer.add_tensor(name, values)
 
 
-def _q4_0(values: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+def _q4_0(values: np.ndarray) -> np.ndarray:
     from gguf.quants import quantize
 
     return quantize(values, GGMLQuantizationType.Q4_0)
