@@ -18,7 +18,7 @@ from typing import Literal, Protocol, TypeAlias
 import msgspec
 
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
-"""stop: EOS, stop string or stop token. length: max_tokens or the context's end. abort: cancelled. error: see `error`."""
+"""stop: EOS, stop string or stop token. length: max_tokens or context's end. abort: cancelled. error: see `fault`."""
 
 
 def pack_tokens(token_ids: Sequence[int]) -> bytes:

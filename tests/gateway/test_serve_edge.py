@@ -56,8 +56,14 @@ async def test_control_headers_of_serve_do_not_reach_it():
 
 @pytest.mark.parametrize(
     ("status", "becomes", "code"),
-    [(404, 503, "ingress_unavailable"), (408, 504, "deadline_exceeded"), (500, 500, "internal_error")]
-    + [(503, 503, "ingress_unavailable"), (429, 429, "queue_full"), (418, 500, "internal_error")],
+    [
+        (404, 503, "ingress_unavailable"),
+        (408, 504, "deadline_exceeded"),
+        (418, 500, "internal_error"),
+        (429, 429, "queue_full"),
+        (500, 500, "internal_error"),
+        (503, 503, "ingress_unavailable"),
+    ],
 )
 async def test_serves_plain_text_errors_become_openai_errors(status, becomes, code):
     app = answering(status, [TEXT, (b"content-length", b"6"), (b"x-request-id", b"r")], b"sec", b"ret")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -133,3 +134,5 @@ def stop(stack: Stack) -> None:
             stack.process.kill()  # its guard ends the rest
             stack.process.wait()
             raise
+    for folder in Path(f"/tmp/wg-{os.getuid()}").glob(f"*-{stack.port}"):  # kept by a run that failed or was killed
+        shutil.rmtree(folder)

@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 
+import grpc
 import httpx
 import pytest
 
@@ -33,6 +34,16 @@ def test_every_port_is_on_loopback_and_channels_are_unix_sockets(stack: Stack):
     assert ("127.0.0.1", stack.port) in listens(haproxy)
     assert len(ingress_ports(stack)) == 2
     assert all(not {port for _, port in listens(p) if 20000 <= port < 32000} for p in stack.actors("group-sim"))
+
+
+def test_serves_server_on_all_interfaces_refuses_whoever_lacks_the_token(stack: Stack):
+    (store,) = stack.actors("store")
+    (port,) = [port for ip, port in listens(store) if ip == "::"]
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+        with pytest.raises(grpc.RpcError) as refused:
+            call(b"", timeout=10)
+    assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_the_instance_can_be_found_by_its_record(stack: Stack):
