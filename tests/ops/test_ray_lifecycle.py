@@ -44,7 +44,7 @@ def test_an_instance_beside_another_drains_at_sigterm_and_leaves_no_process(stac
     other.wait_ready()
     before, family = stack.family(), other.family()
     assert stack.chat(seed=1).json()["choices"] == other.chat(seed=1).json()["choices"]
-    with other.stream(max_tokens=100, ignore_eos=True) as payloads:
+    with other.stream(max_tokens=100, ignore_eos=True, seed=1) as payloads:
         received = [next(payloads) for _ in range(5)]
         other.process.send_signal(signal.SIGTERM)
         received += payloads
@@ -121,7 +121,7 @@ def test_a_step_that_fails_says_why_keeps_the_logs_and_leaves_no_process(second)
 
 
 BUILD = """
-import json, os, sys, urllib.request
+import os, shutil, sys
 from configs.runtime import Runtime
 from ops import ray_cluster
 from ops.serve import guarded
@@ -144,6 +144,8 @@ with guarded(Mark(str(runtime.run_dir), str(plan.folder))):
     sys.stdin.read()
     serve.shutdown()
     ray_cluster.stop_cluster()
+shutil.rmtree(plan.folder)
+shutil.rmtree(runtime.run_dir)
 """
 
 
