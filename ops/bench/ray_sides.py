@@ -21,6 +21,8 @@ from ops.bench.harness import BenchError
 from ops.bench.stack import sim_profile
 
 START_S = 120.0
+SETTLE_S = 6.0
+"""HAProxy is reloaded, and so a new process, for a while after replicas came."""
 
 
 @contextlib.asynccontextmanager
@@ -39,6 +41,7 @@ async def haproxy_stack(step_s: float) -> AsyncIterator[tuple[int, dict[str, lis
             process = await asyncio.create_subprocess_exec(*command, *cluster, stdout=output, stderr=output)
         try:
             await _ready(port, process, log)
+            await asyncio.sleep(SETTLE_S)
             yield port, _roles(process.pid)
         finally:
             if process.returncode is None:

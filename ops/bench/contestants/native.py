@@ -8,13 +8,14 @@ import time
 from pathlib import Path
 
 from configs.schema import EngineConfig
-from ops.bench.contestants.wire import Burst, converse
+from ops.bench.contestants.wire import Burst, claim_stdout, converse
 from replicas.contract import GenerateRequest, SamplingParams, pack_tokens
 from replicas.engine.engine import native_engine
 from replicas.local import LocalEngine
 
 
 async def main(model_dir: str, dtype: str, threads: str) -> None:
+    out = claim_stdout()
     config = EngineConfig(dtype=dtype, threads=int(threads), kv_cache_gib=0.5, prefix_caching=False)  # type: ignore[arg-type]
     async with LocalEngine(native_engine(Path(model_dir), config, "bench")) as engine:
         facts = engine.facts
@@ -31,7 +32,7 @@ async def main(model_dir: str, dtype: str, threads: str) -> None:
 
             await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(burst.prompts)))
 
-        await converse({"dtype": facts.dtype, "self_check": facts.self_check}, run)
+        await converse(out, {"dtype": facts.dtype, "self_check": facts.self_check}, run)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from ops.bench.contestants.wire import Burst, converse
+from ops.bench.contestants.wire import Burst, claim_stdout, converse
 
 DYNAMIC_BATCH = 8
 
@@ -83,6 +83,7 @@ def run_continuous(model: Any, burst: Burst) -> None:
 
 @torch.inference_mode()
 def main(mode: str, model_dir: str, dtype: str, threads: str) -> None:
+    out = claim_stdout()
     torch.set_num_threads(int(threads))
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype), attn_implementation="sdpa")
     act: Callable[[Burst], None] = (
@@ -94,7 +95,7 @@ def main(mode: str, model_dir: str, dtype: str, threads: str) -> None:
     async def run(burst: Burst) -> None:
         act(burst)
 
-    asyncio.run(converse({"dtype": dtype, "mode": mode}, run))
+    asyncio.run(converse(out, {"dtype": dtype, "mode": mode}, run))
 
 
 if __name__ == "__main__":

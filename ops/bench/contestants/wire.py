@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 Prompts = list[list[int]]
 
@@ -43,8 +43,11 @@ class Burst:
         }
 
 
-def _channel() -> Any:
-    """Our own standard output; libraries that print get standard error."""
+def claim_stdout() -> TextIO:
+    """Standard output for the conversation alone: whatever a library prints there from now on goes to standard error.
+
+    Call it before such a library is imported.
+    """
     ours = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     return ours
@@ -57,9 +60,8 @@ def bursts() -> Iterator[Burst]:
         yield Burst(asked["prompts"], asked["max_tokens"])
 
 
-async def converse(about: dict[str, Any], run: Callable[[Burst], Awaitable[None]]) -> None:
+async def converse(out: TextIO, about: dict[str, Any], run: Callable[[Burst], Awaitable[None]]) -> None:
     """Says ready, then runs every burst that is asked for."""
-    out = _channel()
     print(json.dumps({"ready": True, "about": about}), file=out)
     for burst in bursts():
         await run(burst)

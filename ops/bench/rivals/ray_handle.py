@@ -14,7 +14,7 @@ from typing import Any
 NUM_CHUNKS = 512
 
 
-def main(num_repeats: int, concurrency: int) -> list[float]:
+async def main(num_repeats: int, concurrency: int) -> list[float]:
     """Runs the streams on a private Ray and reads the CPU of both actors."""
     os.environ["RAY_SERVE_THROUGHPUT_OPTIMIZED"] = "1"
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -52,12 +52,12 @@ def main(num_repeats: int, concurrency: int) -> list[float]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
     try:
         caller = serve.run(Caller.bind(Streamer.bind()), route_prefix=None)  # type: ignore[attr-defined]
-        pids = caller.pids.remote().result()
-        caller.drive.remote(concurrency).result()
+        pids = await caller.pids.remote()
+        await caller.drive.remote(concurrency)
         rates = []
         for _ in range(num_repeats):
             before = sum(process_cpu_s(pid) for pid in pids)
-            num_chunks = caller.drive.remote(concurrency).result()
+            num_chunks = await caller.drive.remote(concurrency)
             rates.append(num_chunks / (sum(process_cpu_s(pid) for pid in pids) - before))
         return rates
     finally:
@@ -66,4 +66,4 @@ def main(num_repeats: int, concurrency: int) -> list[float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(int(sys.argv[1]), int(sys.argv[2]))))
+    print(json.dumps(asyncio.run(main(int(sys.argv[1]), int(sys.argv[2])))))

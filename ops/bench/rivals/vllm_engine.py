@@ -11,10 +11,11 @@ import sys
 import time
 from typing import Any
 
-from ops.bench.contestants.wire import Burst, converse
+from ops.bench.contestants.wire import Burst, claim_stdout, converse
 
 
 async def main(model_dir: str, dtype: str, threads: str) -> None:
+    out = claim_stdout()
     os.environ.update(
         VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS=threads, HF_HUB_OFFLINE="1"
     )
@@ -47,7 +48,7 @@ async def main(model_dir: str, dtype: str, threads: str) -> None:
         await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(burst.prompts)))
 
     try:
-        await converse({"dtype": dtype}, run)
+        await converse(out, {"dtype": dtype}, run)
     finally:
         engine.shutdown()
 
