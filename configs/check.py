@@ -97,7 +97,7 @@ def _tenants(config: Config) -> Iterator[Problem]:
     yield from _repeated(((("tenants", i, "id"), t.id) for i, t in enumerate(config.tenants)), "tenant id")
     digests: list[tuple[KeyPath, str]] = []
     anonymous: list[tuple[KeyPath, str]] = []
-    names = {name for model in config.models for name in (model.id, *model.aliases)}
+    ids = {model.id for model in config.models}
     for i, tenant in enumerate(config.tenants):
         for j, key in enumerate(tenant.keys):
             digests.append((("tenants", i, "keys", j), hashlib.sha256(key.encode()).hexdigest()))
@@ -107,8 +107,12 @@ def _tenants(config: Config) -> Iterator[Problem]:
         elif not tenant.keys and not tenant.key_sha256:
             yield Problem(("tenants", i), f"tenant {tenant.id!r} has no key and is not anonymous: nobody could use it")
         for j, name in enumerate(tenant.models):
-            if name not in names:
-                yield Problem(("tenants", i, "models", j), f"no model {name!r} in this profile")
+            if name not in ids:
+                named = config.model_named(name)
+                reason = (
+                    f"no model {name!r} in this profile" if named is None else f"an alias; write its id {named.id!r}"
+                )
+                yield Problem(("tenants", i, "models", j), reason)
     seen: dict[str, KeyPath] = {}
     for where, digest in digests:  # not through _repeated: a key must not be printed
         if digest in seen:
@@ -129,9 +133,19 @@ def _ports(config: Config) -> Iterator[Problem]:
 def _addresses(config: Config) -> Iterator[Problem]:
     url = config.redis.url
     if url != "embedded" and urlsplit(url).scheme not in ("redis", "rediss", "unix"):
-        yield Problem(("redis", "url"), f"expected embedded, redis://…, rediss://… or unix://…, got {url!r}")
+        yield Problem(
+            ("redis", "url"), f"expected embedded, redis://…, rediss://… or unix://…, got {without_password(url)!r}"
+        )
     elif _port_of(url) == 0:
-        yield Problem(("redis", "url"), f"the port must be 1 to 65535, got {url!r}")
+        yield Problem(("redis", "url"), f"the port must be 1 to 65535, got {without_password(url)!r}")
+
+
+def without_password(url: str) -> str:
+    """A URL fit to be shown."""
+    if "@" not in url:
+        return url
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://***@{rest.rpartition('@')[2]}"
 
 
 def _port_of(url: str) -> int | None:

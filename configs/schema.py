@@ -125,6 +125,7 @@ class TenantConfig(Section, frozen=True):
     tokens_per_minute: Positive | None = None
     models: tuple[ModelId, ...] = ()
     max_concurrent: Positive | None = None
+    max_wait_s: PositiveF | None = None
 
 
 class RedisConfig(Section, frozen=True):
@@ -135,12 +136,15 @@ class RedisConfig(Section, frozen=True):
 
 
 class HttpConfig(Section, frozen=True):
+    """`worker_id_header`: answers name their replica as `x-worker-id` too, the header of other routers."""
+
     host: str = "127.0.0.1"
     port: Port = 8000
     ingress_replicas: Positive = 1
     max_ongoing_requests: Positive = 4096
     keep_alive_s: PositiveF = 75.0
     docs: bool = True
+    worker_id_header: bool = False
 
 
 class RayConfig(Section, frozen=True):

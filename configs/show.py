@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import yaml
 
+from configs.check import without_password
 from configs.errors import KeyPath
 from configs.load import Profile
 
@@ -53,8 +54,7 @@ def _scalar(path: KeyPath, item: Any) -> str:
     if "keys" in path and item:
         item = [HIDDEN] * len(item)
     if path == ("redis", "url") and "@" in item:
-        scheme, _, rest = item.partition("://")
-        item = f"{scheme}://{HIDDEN}@{rest.rpartition('@')[2]}"
+        item = without_password(item)
     if isinstance(item, (list, tuple, dict)):
         return json.dumps(item)
     return yaml.safe_dump(item, default_flow_style=True, width=10_000).removesuffix("\n...\n").strip()

@@ -111,7 +111,7 @@ class _Errors:
         if error.status_code == 405:
             refusal: ApiError = MethodNotAllowedError(f"{request.method} is not allowed for {path}.")
         elif error.status_code == 404:
-            refusal = NotFoundError(f"Unknown request URL: {request.method} {path}.", code="unknown_url")
+            refusal = NotFoundError(f"Unknown request URL: {request.method} {path}.")
         else:
             refusal = ApiError(error.detail)
             refusal.status = error.status_code

@@ -103,7 +103,9 @@ async def compose(config: Config, runtime: Runtime, random: Random | None = None
         clock=around.clock,
         random=random,
     )
-    return ComposedGateway(build_app(gateway), gateway, fleet, admission, MemberWatch(store), store)
+    return ComposedGateway(
+        build_app(gateway), gateway, fleet, admission, MemberWatch(store, reachable=fleet.is_linked), store
+    )
 
 
 async def serve_gateway(config: Config, runtime: Runtime) -> ComposedGateway:

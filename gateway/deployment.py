@@ -9,12 +9,15 @@ from ray import serve
 from ray.serve import Application
 from starlette.types import ASGIApp
 
+from configs.logs import set_log_level
 from configs.runtime import Runtime
 from configs.schema import Config
 
 INGRESS = "ingress"
 HEALTH_PERIOD_S = 2.0
 HEALTH_TIMEOUT_S = 10.0
+SHUTDOWN_MARGIN_S = 5.0
+"""Seconds an ingress outlives its replicas' drain."""
 
 
 class ServedApp(Protocol):
@@ -50,6 +53,7 @@ class Ingress:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: Config, runtime: Runtime, app_factory: AppFactory, *_groups: object
     ) -> None:
+        set_log_level(config.telemetry.log_level)
         self._served = await app_factory(config, runtime)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -73,7 +77,8 @@ def ingress(
         num_replicas=config.http.ingress_replicas,
         max_ongoing_requests=config.http.max_ongoing_requests,
         max_queued_requests=config.http.max_ongoing_requests,
-        graceful_shutdown_timeout_s=config.ray.drain_s,
+        # Longer than the replicas drain: whoever is cut off there must still be told here.
+        graceful_shutdown_timeout_s=config.ray.drain_s + SHUTDOWN_MARGIN_S,
         graceful_shutdown_wait_loop_s=0.25,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,

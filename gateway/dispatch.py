@@ -196,7 +196,8 @@ class JobStream(AsyncIterator[StepDelta]):
                 message = f"No replica of model '{request.model}' is available."
                 raise UnavailableError(message, retry_after_s=NO_REPLICA_RETRY_S)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(dispatcher.fleet.change(), left_s)
+                async with asyncio.timeout(left_s):  # not wait_for: its task would begin to listen a turn too late
+                    await dispatcher.fleet.change()
 
     def _send(self, request: RouteRequest, decision: Decision) -> Placement:
         """Opens the next attempt where the decision says."""

@@ -59,12 +59,8 @@ class AuthenticationError(ApiError):
     status, type, code = 401, "authentication_error", "invalid_api_key"
 
 
-class ForbiddenError(ApiError):
-    status, type, code = 403, "permission_error", "permission_denied"
-
-
 class NotFoundError(ApiError):
-    status, type, code = 404, "not_found_error", "not_found"
+    status, type, code = 404, "not_found_error", "unknown_url"
 
 
 class ModelNotFoundError(NotFoundError):

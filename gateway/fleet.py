@@ -98,6 +98,11 @@ class Fleet:
         """Every replica of the model that is connected."""
         return tuple([state for slot in self._of(model_id) if (state := slot.state()) is not None])
 
+    def is_linked(self, replica_id: str) -> bool:
+        """Whether there is a live connection to this replica."""
+        slot = self._slots.get(replica_id)
+        return slot is not None and slot.link is not None
+
     def links(self) -> list[tuple[Member, Link]]:
         """Every member that is connected, with its link."""
         pairs = [(member, self._slots[replica_id].link) for replica_id, member in self._members.items()]
@@ -185,6 +190,7 @@ class Fleet:
         slot = self._slots.get(replica_id)
         if slot is not None:  # it had left, but its last requests are still running there
             slot.leaving = False
+            self._index(slot)
             self._refresh(slot)
             return
         slot = Slot(replica_id, member.model, self._config.admission.max_ahead_per_replica, self._around.clock)
@@ -259,12 +265,16 @@ class Fleet:
     def _connected(self, slot: Slot, link: Link) -> None:
         logger.info("connected to replica %s", slot.replica_id)
         slot.connected(link)
-        model = self._config.model_named(slot.model_id)
-        if model is not None:
-            self.index.add(slot.replica_id, link.facts.kv_tokens // model.route_block_tokens)
+        self._index(slot)
         able = [s.link.facts for s in self._of(slot.model_id) if s.link is not None]
         self._facts[slot.model_id] = least_able(able)
         self._refresh(slot)
+
+    def _index(self, slot: Slot) -> None:
+        """Begins, or begins anew, to mirror what a connected replica holds."""
+        model = self._config.model_named(slot.model_id)
+        if model is not None and slot.link is not None:
+            self.index.add(slot.replica_id, slot.link.facts.kv_tokens // model.route_block_tokens)
 
     def _disconnected(self, slot: Slot) -> None:
         """The slot cannot be reached from now on. Idempotent."""

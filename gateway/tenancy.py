@@ -181,5 +181,6 @@ def _tenant(config: TenantConfig, secret: bytes) -> Tenant:
         requests_per_minute=config.requests_per_minute,
         tokens_per_minute=config.tokens_per_minute,
         max_concurrent=config.max_concurrent,
+        max_wait_s=config.max_wait_s,
         models=frozenset(config.models),
     )

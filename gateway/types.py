@@ -29,6 +29,7 @@ class Tenant:
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     max_concurrent: int | None = None
+    max_wait_s: float | None = None
     models: frozenset[str] = frozenset()
 
     def allows(self, model_id: str) -> bool:

@@ -75,6 +75,28 @@ def serve(profile: str, **flags: Any) -> None:
     click.get_current_context().exit(code)
 
 
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
+def status(as_json: bool) -> None:
+    """Show the instances that run on this machine, their replicas and what those are doing.
+
+    \b
+    warmgate status
+    warmgate status --json
+    """
+    from ops.status import show, statuses
+
+    found = statuses()
+    if as_json:
+        import json
+
+        click.echo(json.dumps([one.as_json() for one in found], indent=2))
+    elif not found:
+        click.echo("no instance is running on this machine: start one with warmgate serve")
+    else:
+        show(found, _console())
+
+
 @main.group()
 def models() -> None:
     """Get and list model files.

@@ -53,7 +53,7 @@ def build(args: dict[str, object]) -> Application:
     """The application for Ray Serve's own tools. Host and port are theirs to set (`http_options`).
 
     Raises ConfigError. Without a cluster secret in the environment one is drawn and kept in the run folder: enough for
-    one machine; replicas on others need the variable.
+    one machine, which all replicas must share today: their channels are Unix sockets.
     """
     config = resolve(args)
     runtime = Runtime.from_config(config, os.environ, secrets.token_bytes)

@@ -13,6 +13,7 @@ Serve starts HAProxy through RAY_SERVE_HAPROXY_BINARY_PATH; that path is a two-l
 5. What HAProxy answers itself (no ingress: 404 and 503; a broken one: 502; 504) is 503 with an OpenAI error body and
    Retry-After instead of `404` and `500 text/plain`.
 
+What HAProxy cannot read as HTTP it answers in HTML (400; 408 for slow headers): compiled in, below any `errorfile`.
 An edit whose line is not found is left out: a later template still starts.
 """
 

@@ -13,7 +13,7 @@ RECORD = "instance.json"
 
 class Instance(msgspec.Struct, frozen=True, kw_only=True):
     """One `warmgate serve`. `started`: the supervisor's creation time as the OS tells it, so that a reused pid does
-    not count; `ready`: whether it answers yet."""
+    not count; `ready`: whether it answers yet. `redis_url` may hold a password: the record is for its owner's eyes."""
 
     pid: int
     started: float
@@ -23,6 +23,8 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     run_dir: str
     logs: str
     ready: bool = False
+    cluster: str = ""
+    redis_url: str = ""
 
     @property
     def alive(self) -> bool:

@@ -112,7 +112,7 @@ class Metrics:
         )
         self.refusals = Counter(
             "warmgate_refusals_total",
-            "Requests refused before they ran: quota, concurrency, queue_full, deadline, no_replica.",
+            "Requests refused before they ran, by error code (quota, queue, deadline, no replica).",
             ("reason",),
             registry=r,
         )
@@ -124,7 +124,7 @@ class Metrics:
         )
         self.decision_seconds = Histogram(
             "warmgate_routing_decision_seconds",
-            "Time to decide, hashing included.",
+            "Time to match prefixes, weigh and pick; hashing the prompt comes before it.",
             ("policy",),
             buckets=DECISION_BUCKETS_S,
             registry=r,

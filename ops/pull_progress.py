@@ -1,4 +1,4 @@
-"""A pull as it goes on: a bar on a terminal, a line for each stage elsewhere."""
+"""A pull as it goes on: a bar on a terminal, a line for each stage elsewhere and under NO_COLOR."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ class PullProgress:
         self._console = console
         self._name = name
         self._stage = ""
+        self._lively = console.is_terminal and not (console.is_dumb_terminal or console.no_color)
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -23,12 +24,12 @@ class PullProgress:
             TimeElapsedColumn(),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=not self._lively,
         )
         self._task = self._bar.add_task(name, total=None)
 
     def report(self, stage: str, done: int, total: int) -> None:
-        if stage != self._stage and not self._console.is_terminal:
+        if stage != self._stage and not self._lively:
             self._console.print(f"{self._name}: {stage}", soft_wrap=True, markup=False)
         self._stage = stage
         self._bar.update(self._task, description=f"{self._name}: {stage}", completed=done, total=total or None)

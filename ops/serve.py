@@ -197,6 +197,8 @@ class Supervisor:
             run_dir=str(self.runtime.run_dir),
             logs=str(self.runtime.run_dir / "logs"),
             ready=ready,
+            cluster=self.config.cluster,
+            redis_url=self.runtime.redis_url,
         ).write()
 
     def _tidy(self, plan: RayPlan, *, keep_logs: bool) -> None:

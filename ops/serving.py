@@ -112,8 +112,7 @@ class Serving:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         http = self.config.http
         options = HTTPOptions(host=http.host, port=http.port, keep_alive_timeout_s=round(http.keep_alive_s))
-        private = self.config.ray.address == "local"
-        serve.start(http_options=options, proxy_location="HeadOnly" if private else "EveryNode")
+        serve.start(http_options=options, proxy_location="HeadOnly")
         target = serve.RunTarget(target=self._application(), name=APP_NAME, route_prefix="/")
         self.deployed = True
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)

@@ -14,6 +14,7 @@ from typing import Protocol, TypeAlias
 from ray import serve
 from ray.serve import Application
 
+from configs.logs import set_log_level
 from configs.runtime import Runtime
 from configs.schema import Config, GroupConfig
 
@@ -57,6 +58,7 @@ class Replica:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: Config, group: GroupConfig, runtime: Runtime, host_factory: HostFactory
     ) -> None:
+        set_log_level(config.telemetry.log_level)
         self._drain_s = config.ray.drain_s
         self._host = await host_factory(config, group, runtime, f"{group.name}-{secrets.token_hex(4)}")
 

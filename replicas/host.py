@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
 from configs.runtime import MAX_SOCKET_NAME, Runtime
@@ -20,7 +21,7 @@ from configs.tokenizer import ModelFiles, load_model_files
 from replicas.channel import ChannelServer, JsonLinesJournal, ServerOptions
 from replicas.contract import Engine, EngineDeadError, EngineError, EngineFacts
 from replicas.detokenize import TextEngine
-from routing.registry import Announcement, Member
+from routing.registry import Announcement, Load, Member
 from routing.store import Store, StoreOptions
 
 EngineBuilder: TypeAlias = Callable[[ModelFiles, EngineConfig, str], Engine]
@@ -61,7 +62,7 @@ class ReplicaHost:
     """One replica of `group`. `start` once; then `drain` (optional) and `close`.
 
     It listens on a Unix socket in `runtime.run_dir`, and appends the usage of requests whose ingress vanished to
-    `journal-{replica_id}.jsonl` there.
+    `journal-{replica_id}.jsonl` there, or to `{telemetry.usage_log}.replicas` where the profile keeps usage.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class ReplicaHost:
         except BaseException:
             await self.close()
             raise
-        self._announcement = Announcement(self._store, self._member(facts))
+        self._announcement = Announcement(self._store, self._member(facts), self._load_now)
         self._announcement.start()
         return facts
 
@@ -132,11 +133,27 @@ class ReplicaHost:
 
     def _server_options(self) -> ServerOptions:
         channel = self._config.channel
+        usage_log = self._config.telemetry.usage_log
         path = self._runtime.run_dir / f"journal-{self.replica_id}.jsonl"
+        if usage_log is not None:  # beside the ingresses' records, and not in a folder that goes with the instance
+            path = Path(f"{usage_log}.replicas")
         return ServerOptions(
             heartbeat_s=channel.heartbeat_s,
             dead_after_s=channel.dead_after_s,
             journal=JsonLinesJournal(path, self._options.wall_clock),
+        )
+
+    def _load_now(self) -> Load:
+        assert self._server is not None, "announced while it runs"
+        stats = self._server.stats()
+        return Load(
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            num_waiting_tokens=stats.num_waiting_tokens,
+            num_free_blocks=stats.num_free_blocks,
+            num_blocks=stats.num_blocks,
+            num_output_tokens=stats.num_output_tokens,
+            draining=stats.draining,
         )
 
     def _member(self, facts: EngineFacts) -> Member:

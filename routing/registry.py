@@ -2,6 +2,7 @@
 
     wg:{cluster}:members              set of replica ids
     wg:{cluster}:member:<replica_id>  JSON of a Member or a Withdrawn, expires after `ttl_s`
+    wg:{cluster}:load:<replica_id>    JSON of its Load as of its last word, expires likewise
 
 Absence proves nothing: Redis may have been emptied or restarted. So a member that is missing stays known for `ttl_s`
 more, in which a live one has announced itself again; one that withdraws leaves a Withdrawn and is dropped at once.
@@ -53,8 +54,22 @@ class Withdrawn(msgspec.Struct, frozen=True, kw_only=True, tag="withdrawn", tag_
     epoch: int
 
 
+class Load(msgspec.Struct, frozen=True, kw_only=True):
+    """What a replica is doing, for who is not connected to it (`warmgate status`). Ingresses hear it over the channel,
+    with every step: this copy is up to `announce_s` old."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_waiting_tokens: int = 0
+    num_free_blocks: int = 0
+    num_blocks: int = 0
+    num_output_tokens: int = 0
+    draining: bool = False
+
+
 _encode = msgspec.json.Encoder().encode
 _decoder = msgspec.json.Decoder(Member | Withdrawn)
+_load_decoder = msgspec.json.Decoder(Load)
 
 Members: TypeAlias = Mapping[str, Member]
 """By replica id; a snapshot that never changes."""
@@ -71,14 +86,21 @@ class RegistryOptions:
 
 
 class Announcement:
-    """Keeps one member announced until `withdraw`. Redis being down delays it, nothing else."""
+    """Keeps one member announced until `withdraw`. Redis being down delays it, nothing else.
 
-    def __init__(self, store: Store, member: Member, options: RegistryOptions | None = None) -> None:
+    `load` is asked for each word; it may raise, then that word has no load.
+    """
+
+    def __init__(
+        self, store: Store, member: Member, load: Callable[[], Load], options: RegistryOptions | None = None
+    ) -> None:
         self.member = member
+        self._load = load
         self._store = store
         self._options = options or RegistryOptions()
         self._index = store.keys("members")
         self._key = store.keys("member", member.replica_id)
+        self._load_key = store.keys("load", member.replica_id)
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -108,13 +130,20 @@ class Announcement:
     async def _say(self, word: Member | Withdrawn) -> None:
         ttl_ms = round(self._options.ttl_s * 1000)
         add: Command = ("SADD", self._index, self.member.replica_id)
+        load: Command = ("DEL", self._load_key)
+        if isinstance(word, Member):
+            with contextlib.suppress(Exception):  # an engine that died since: its channel says so
+                load = ("SET", self._load_key, _encode(self._load()), "PX", ttl_ms)
         replies = await self._store.pipeline(
             [
                 ("SET", self._key, _encode(word), "PX", ttl_ms),
                 add,
                 ("PEXPIRE", self._index, 10 * ttl_ms),  # nobody announces any more: leave nothing behind
+                load,
             ]
         )
+        if isinstance(replies[0], StoreReplyError):
+            log.warning("Redis does not take the word of %s: %s", self.member.replica_id, replies[0])
         if isinstance(replies[1], StoreReplyError):  # somebody put a value of another type there
             await self._store.pipeline([("DEL", self._index), add])
 
@@ -122,12 +151,19 @@ class Announcement:
 class MemberWatch:
     """An ingress's copy of the member set, kept fresh by a task of its own; reading it never waits.
 
-    While Redis cannot be asked, the last known set stays. Callbacks run on the event loop, once per change.
+    While Redis cannot be asked, the last known set stays; so does a member that only Redis has lost (it refuses writes,
+    say) while `reachable` says that somebody is connected to it. Callbacks run on the event loop, once per change.
     """
 
-    def __init__(self, store: Store, options: RegistryOptions | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        options: RegistryOptions | None = None,
+        reachable: Callable[[str], bool] = lambda replica_id: False,
+    ) -> None:
         self._store = store
         self._options = options or RegistryOptions()
+        self._reachable = reachable
         self._index = store.keys("members")
         self._members: Members = MappingProxyType({})
         self._missing_since: dict[str, float] = {}
@@ -173,6 +209,18 @@ class MemberWatch:
         await self._prune([i for i in listed if i not in members and words[i] is None])
         self._publish(members)
 
+    async def loads(self) -> dict[str, Load]:
+        """The last known load of every member that has told one. Raises StoreError."""
+        ids = sorted(self._members)
+        keys = [self._store.keys("load", replica_id) for replica_id in ids]
+        values = await self._store.execute("MGET", *keys) if keys else []
+        found: dict[str, Load] = {}
+        for replica_id, key, raw in zip(ids, keys, values, strict=True):
+            if raw is not None:
+                with contextlib.suppress(BadValueError):
+                    found[replica_id] = self._store.decode(key, raw, _load_decoder)
+        return found
+
     async def _keep(self) -> None:
         while True:
             try:
@@ -204,6 +252,8 @@ class MemberWatch:
 
     def _linger(self, replica_id: str, known: Member | None) -> Member | None:
         now = self._options.clock()
+        if known is not None and self._reachable(replica_id):
+            return known
         if known is not None and now - self._missing_since.setdefault(replica_id, now) < self._options.ttl_s:
             return known
         self._missing_since.pop(replica_id, None)

@@ -12,11 +12,13 @@ from gateway.api.answer import Call, Choice, Identity, Meter, Prompt
 from gateway.api.chat import NO_LOGPROB
 from gateway.api.chunks import Chunks, Shape
 from gateway.api.generate import Target
-from gateway.api.sampling import MAX_LOGPROBS, Logprobs, SamplingFields, TokenId
+from gateway.api.sampling import Logprobs, SamplingFields, TokenId
 from gateway.errors import BadRequestError
 from gateway.sse import encode, json_text, one_line
 from gateway.tokens import TokenText
 from replicas.contract import StepDelta, TokenLogprob, pack_tokens
+
+MAX_COMPLETION_LOGPROBS = 5  # OpenAI's bound; chat has its own
 
 SHAPE = Shape(object_name="text_completion", before_text=b'"text":', after_text=b"", no_text=b'"text":""')
 
@@ -27,14 +29,14 @@ PromptField: TypeAlias = (
 
 class CompletionRequest(SamplingFields, kw_only=True):
     prompt: PromptField
-    best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
+    best_of: Annotated[int, Meta(ge=0, le=20)] | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
     add_special_tokens: bool | None = None
 
     @property
     def num_generated(self) -> int:
-        return self.num_choices if self.best_of is None else self.best_of
+        return self.best_of or self.num_choices  # 0 and null ask for no ranking
 
     def check(self) -> None:
         super().check()

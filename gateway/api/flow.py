@@ -142,7 +142,10 @@ class MergedFlow:
             self._news.clear()
             await self._news.wait()
         if self._error is not None:
-            raise self._error
+            for task in self._tasks:
+                task.cancel()
+            if not self._waiting:  # told after the deltas that came before it
+                raise self._error
         batch: Batch = []
         while self._waiting and len(batch) < MAX_BATCH:
             batch.append(self._waiting.popleft())

@@ -20,7 +20,7 @@ from gateway.api.exchange import ClientGoneError, Exchange, Header, as_api_error
 from gateway.api.fields import Body, ignored_header
 from gateway.api.flow import Flow, open_flow
 from gateway.api.sampling import Limits, SamplingFields, choice_seed
-from gateway.errors import BadRequestError, RateLimitError, UnavailableError
+from gateway.errors import BadRequestError, UnavailableError
 from gateway.prompt import Prompter
 from gateway.tenancy import check_model, narrowed_salt
 from gateway.types import Gateway, Job, Tenant
@@ -67,6 +67,9 @@ class Generation(Generic[F]):
         self._route = route
         self.route_name = route.name
         self._body = Body(request_type)
+        self._replica_headers = [b"x-warmgate-replica"]
+        if gateway.config.http.worker_id_header:
+            self._replica_headers.append(b"x-worker-id")
         self._fingerprints = {model.id: fingerprint(model) for model in gateway.config.models}
 
     async def __call__(self, exchange: Exchange) -> None:
@@ -90,8 +93,8 @@ class Generation(Generic[F]):
     async def _fail(self, exchange: Exchange, meter: Meter, error: Exception) -> None:
         refusal = as_api_error(error, exchange.request_id)
         meter.failed(refusal)
-        if isinstance(refusal, RateLimitError):
-            self._gateway.metrics.refusals.labels("quota").inc()
+        if refusal.status in (429, 503, 504) and not exchange.started:
+            self._gateway.metrics.refusals.labels(refusal.code or refusal.type).inc()
         try:
             if exchange.started:  # a stream: nothing else starts before it can no longer fail
                 await exchange.end(sse.error_event(refusal))
@@ -145,7 +148,7 @@ class Generation(Generic[F]):
             meter.take(batch)
             written = chunks.write(batch)
             if not exchange.started:
-                exchange.extra_headers.append(_answered_by(flow))
+                exchange.extra_headers += self._answered_by(flow)
                 await exchange.start(200, sse.HEADERS)
             if written:
                 await exchange.write(written)
@@ -161,8 +164,12 @@ class Generation(Generic[F]):
         meter.check_complete()
         body = self._route.whole(call, identity, _best(choices, call))
         body["usage"] = meter.usage()
-        meter.exchange.extra_headers.append(_answered_by(flow))
+        meter.exchange.extra_headers += self._answered_by(flow)
         await meter.exchange.send(sse.encode(body))
+
+    def _answered_by(self, flow: Flow) -> list[Header]:
+        replica_ids = ",".join(flow.replica_ids()).encode()
+        return [(name, replica_ids) for name in self._replica_headers]
 
     def _jobs(self, request_id: str, call: Call, target: Target) -> list[Job]:
         fields, gateway = call.fields, self._gateway
@@ -178,6 +185,8 @@ class Generation(Generic[F]):
         salt = narrowed_salt(target.tenant.salt, fields.cache_salt)
         priority = max(fields.priority or 0, target.tenant.max_priority)
         seed = gateway.random.getrandbits(62) if fields.seed is None else fields.seed
+        max_wait_s = target.tenant.max_wait_s
+        deadline = None if max_wait_s is None else gateway.clock() + max_wait_s
         jobs: list[Job] = []
         for prompt in call.prompts:
             for _ in range(call.num_generated):
@@ -192,6 +201,7 @@ class Generation(Generic[F]):
                         sampling=sampling,
                         salt=salt,
                         priority=priority,
+                        deadline=deadline,
                         num_bytes=len(prompt.ids) + _JOB_BYTES,
                     )
                 )
@@ -199,10 +209,6 @@ class Generation(Generic[F]):
 
 
 _JOB_BYTES = 2048  # a job's own objects, about
-
-
-def _answered_by(flow: Flow) -> Header:
-    return b"x-warmgate-replica", ",".join(flow.replica_ids()).encode()
 
 
 def fingerprint(model: ModelConfig) -> str:

@@ -1,7 +1,7 @@
 """The fields that chat and completions share, their bounds, and how they become `SamplingParams`.
 
-Bounds are those of OpenAI's specification where it has the field, else vLLM's. `stop`: at most 4 strings (OpenAI's
-bound; vLLM's is open). An explicit null is a field left out.
+Bounds are those of OpenAI's specification where it has the field, else vLLM's; a test holds them against the published
+file. `stop`: at most 4 strings (OpenAI's bound; vLLM's is open). An explicit null is a field left out.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
 
     model: Annotated[str, Meta(min_length=1, max_length=256)]
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None

@@ -10,15 +10,18 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.status import Status
 
-from ops.bench.harness import BenchError, Plan
+from ops.bench.harness import Plan
 from ops.bench.report import Report, record
-from ops.errors import OperationError
 
 PAGE = Path("docs/benchmarks.md")
 
-_repeats = click.option("--repeats", default=5, show_default=True, help="Counted rounds; recorded figures need 5.")
+_AT_LEAST_1 = click.IntRange(min=1)
+_repeats = click.option(
+    "--repeats", default=5, show_default=True, type=_AT_LEAST_1, help="Counted rounds; recorded figures need 5."
+)
 _quick = click.option("--quick", is_flag=True, help="One short round: shows that it runs, measures nothing.")
 _record = click.option("--record", "recorded", is_flag=True, help=f"Put the table into {PAGE}.")
 _model = click.option("--model", default="smollm2-135m", show_default=True, help="Catalogue name or folder.")
@@ -42,7 +45,7 @@ def bench() -> None:
 @_quick
 @_record
 @click.option("--side", "wanted", multiple=True, help="Only these sides (repeat the option). Default: all.")
-@click.option("--threads", default=1, show_default=True, help="Threads of every side.")
+@click.option("--threads", default=1, show_default=True, type=_AT_LEAST_1, help="Threads of every side.")
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16"]))
 @click.option("--plot", "plot_to", type=click.Path(path_type=Path), help="Throughput against concurrency, as PNG.")
 def engine(
@@ -56,9 +59,9 @@ def engine(
     if quick:
         workload = module.Workload(_model_dir(model), levels=(1, 2), num_prompt_tokens=16, max_tokens=4, **set_to)
     report = _measure(lambda notice: module.run(workload, chosen, _plan(repeats, quick), notice))
+    _finish(report, recorded)
     if plot_to is not None:
         module.plot(report, plot_to)
-    _finish(report, recorded)
 
 
 @bench.command()
@@ -109,19 +112,16 @@ def _model_dir(model: str) -> Path:
 
 def _measure(begin: Any) -> Report:
     console = Console(stderr=True)
-    try:
-        with console.status("…") as status:
-            work: Coroutine[Any, Any, Report] = begin(lambda words: _say(console, status, words))
-            return asyncio.run(work)
-    except BenchError as error:
-        raise OperationError(str(error)) from error
+    with console.status("…") as status:
+        work: Coroutine[Any, Any, Report] = begin(lambda words: _say(console, status, words))
+        return asyncio.run(work)
 
 
 def _say(console: Console, status: Status, words: str) -> None:
     if console.is_terminal:
-        status.update(words)
+        status.update(escape(words))
     else:
-        console.print(words)
+        console.print(words, markup=False)
 
 
 def _finish(report: Report, recorded: bool) -> None:

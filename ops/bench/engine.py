@@ -74,7 +74,8 @@ class Contestant:
         for level in self.workload.levels:
             result = alike or await self._burst(level)
             sample[f"tok/s at {level}"] = result["num_tokens"] / result["wall_s"]
-            sample[f"TTFT ms at {level}"] = 1000 * statistics.median(result["ttft_s"])
+            if alike is None:
+                sample[f"TTFT ms at {level}"] = 1000 * statistics.median(result["ttft_s"])
             if any(result["tpot_s"]):
                 sample[f"TPOT ms at {level}"] = 1000 * statistics.median(result["tpot_s"])
         return sample
@@ -147,7 +148,8 @@ async def run(workload: Workload, wanted: Sequence[str], plan: Plan, notice: Any
         "tokens out": workload.max_tokens,
         "sides": {side.name: side.about for side in sides},
     }
-    title = f"Engine: SmolLM2-135M, {workload.dtype}, {workload.threads} thread(s), 128 in / 64 out"
+    sizes = f"{workload.num_prompt_tokens} in / {workload.max_tokens} out"
+    title = f"Engine: {workload.model_dir.name}, {workload.dtype}, {workload.threads} thread(s), {sizes}"
     return Report("engine", title, sys.argv, samples, ratios(samples, workload.levels), facts, notes)
 
 

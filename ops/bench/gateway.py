@@ -23,12 +23,13 @@ from ops.bench.cpu import CpuMeter
 from ops.bench.harness import Goal, Notice, Plan, Ratio, Sample, Samples, alternate
 from ops.bench.load import load_process
 from ops.bench.load_spec import Closed, LoadResult, LoadSpec
-from ops.bench.ray_sides import haproxy_stack, ray_handle
+from ops.bench.ray_sides import RayHandle, haproxy_stack
 from ops.bench.report import Report
 from ops.bench.rivals.venvs import RivalVenv
 from ops.bench.stack import MODEL, Stack, sim_profile
 
 SHORT, LONG = 1, 64
+ALL_ROLES = "chunks a CPU-second, all roles"
 PACE_S = 0.010
 
 
@@ -78,7 +79,7 @@ class FrontSide:
             per_chunk_s = (long[role] - short[role]) / num / (LONG - SHORT)
             sample[f"{role} µs a chunk"] = 1e6 * per_chunk_s
             sample[f"{role} µs a request"] = 1e6 * (short[role] / num - per_chunk_s * SHORT)
-        sample["chunks a CPU-second, all roles"] = num * LONG / sum(long.values())
+        sample[ALL_ROLES] = num * LONG / sum(long.values())
         if result.ttft.p50 is not None and result.ttft.p99 is not None:
             sample["TTFT p50 ms"] = 1000 * result.ttft.p50
             sample["TTFT p99 ms"] = 1000 * result.ttft.p99
@@ -187,11 +188,8 @@ def sides(wanted: Sequence[str], size: Size) -> tuple[list[FrontSide], list[str]
 async def run(wanted: Sequence[str], size: Size, plan: Plan, notice: Notice) -> Report:
     """Measures; raises BenchError when an answer is wrong."""
     fronts, notes = sides(wanted, size)
-    samples = await alternate(fronts, plan, notice)
-    if "ray handle" in wanted:
-        notice("ray handle")
-        rival = await ray_handle(plan.num_repeats, size.concurrency)
-        samples.by_side["ray handle"] = [{"chunks a CPU-second, all roles": rate} for rate in rival]
+    handles = [RayHandle(size.concurrency, ALL_ROLES)] if "ray handle" in wanted else []
+    samples = await alternate([*fronts, *handles], plan, notice)
     facts = {
         "streams at once": size.concurrency,
         "requests a visit": 2 * size.num_requests,
@@ -214,8 +212,7 @@ def ratios(samples: Samples) -> list[Ratio]:
             ratio = both.ratio("ingress µs a chunk", proxied, theirs, Goal.at_most(1.25))
             found.append(replace(ratio, metric="ingress + HAProxy µs a chunk"))
         if samples.comparable(ours, "ray handle"):
-            metric = "chunks a CPU-second, all roles"
-            found.append(samples.ratio(metric, ours, "ray handle", Goal.at_least(5.0)))
+            found.append(samples.ratio(ALL_ROLES, ours, "ray handle", Goal.at_least(5.0)))
     return found
 
 

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
+
+from ops.errors import OperationError
 
 Sample: TypeAlias = Mapping[str, float]
 """What one visit to one side measured, by metric."""
@@ -17,7 +20,7 @@ MIN_REPEATS = 5
 """Pairs a recorded figure needs."""
 
 
-class BenchError(Exception):
+class BenchError(OperationError):
     """A benchmark cannot run, or its answers were wrong; the message says which and why."""
 
 
@@ -132,11 +135,10 @@ Notice: TypeAlias = Callable[[str], None]
 async def alternate(sides: Sequence[Side], plan: Plan, notice: Notice) -> Samples:
     """Starts every side, visits them in turn `plan.num_warmups + plan.num_repeats` times, stops every side."""
     samples = Samples({side.name: [] for side in sides})
-    begun: list[Side] = []
-    try:
+    async with AsyncExitStack() as begun:
         for side in sides:
             notice(f"starting {side.name}")
-            begun.append(side)
+            begun.push_async_callback(side.stop)
             await side.start()
         for round_index in range(plan.num_warmups + plan.num_repeats):
             counted = round_index >= plan.num_warmups
@@ -146,7 +148,4 @@ async def alternate(sides: Sequence[Side], plan: Plan, notice: Notice) -> Sample
                 sample = await side.sample()
                 if counted:
                     samples.by_side[side.name].append(sample)
-    finally:
-        for side in reversed(begun):
-            await side.stop()
     return samples

@@ -69,14 +69,15 @@ class Counts(msgspec.Struct):
 
 
 class MockCrashError(Exception):
-    """The in-process form of a crash: uvicorn cuts the connection without an end."""
+    """The in-process form of a crash: the connection is cut without an end."""
 
 
-def crash_connection() -> NoReturn:
+def crash_connection(exchange: Exchange) -> NoReturn:
+    exchange.cut()
     raise MockCrashError("the mock was told to crash")
 
 
-def crash_process() -> NoReturn:
+def crash_process(_: Exchange) -> NoReturn:
     os._exit(70)
 
 
@@ -107,7 +108,7 @@ class StepClock:
 class MockVllm:
     """The ASGI app. `crash` is called where the behaviour says crash; it must not return."""
 
-    def __init__(self, behaviour: Behaviour, crash: Callable[[], NoReturn] = crash_connection) -> None:
+    def __init__(self, behaviour: Behaviour, crash: Callable[[Exchange], NoReturn] = crash_connection) -> None:
         self.behaviour = behaviour
         self.counts = Counts()
         self._crash = crash
@@ -148,7 +149,7 @@ class MockVllm:
         body = msgspec.json.decode(await exchange.body(), type=GenerationBody)
         counts.requests += 1
         if behaviour.crash_on_request == counts.requests:
-            self._crash()
+            self._crash(exchange)
         status = behaviour.fail_status if counts.requests <= behaviour.fail_first else behaviour.status
         if status >= 400:
             counts.refused += 1
@@ -211,12 +212,15 @@ class MockVllm:
                 await self._pause(behaviour.chunk_interval_s)
             if behaviour.crash_after_chunks == index:
                 await exchange.write(b"".join(pending))
-                self._crash()
+                self._crash(exchange)
             if exchange.gone.is_set():
                 self.counts.aborted += 1
                 return
             pending.append(events)
             self.counts.tokens += generation.num_choices
+        if behaviour.crash_after_chunks == generation.num_tokens:
+            await exchange.write(b"".join(pending))
+            self._crash(exchange)
         await exchange.write(b"".join((*pending, generation.ending())), last=True)
 
     async def _whole(self, exchange: Exchange, generation: Generation) -> None:

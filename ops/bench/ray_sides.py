@@ -10,6 +10,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -17,7 +18,7 @@ import msgspec
 import psutil
 import yaml
 
-from ops.bench.harness import BenchError
+from ops.bench.harness import BenchError, Sample
 from ops.bench.stack import sim_profile
 
 START_S = 120.0
@@ -77,13 +78,36 @@ def _roles(root: int) -> dict[str, list[int]]:
     return roles
 
 
-async def ray_handle(num_repeats: int, concurrency: int) -> list[float]:
-    """Chunks a CPU-second of both ends of `concurrency` DeploymentHandle streams, a figure a repeat."""
-    command = (sys.executable, "-m", "ops.bench.rivals.ray_handle", str(num_repeats), str(concurrency))
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=asyncio.subprocess.PIPE)
-    out, err = await asyncio.wait_for(process.communicate(), 300)
-    if process.returncode:
-        raise BenchError(f"the Ray handle rival failed: {err.decode()[-800:]}")
-    rates: list[float] = msgspec.json.decode(out.strip().splitlines()[-1])
-    return rates
+@dataclass(slots=True)
+class RayHandle:
+    """`concurrency` streams over a DeploymentHandle: chunks a CPU-second of both its ends. A `harness.Side`."""
+
+    concurrency: int
+    metric: str
+    name: str = "ray handle"
+    _process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        command = (sys.executable, "-m", "ops.bench.rivals.ray_handle", str(self.concurrency))
+        pipe = asyncio.subprocess.PIPE
+        quiet = asyncio.subprocess.DEVNULL
+        self._process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=quiet)
+        await self._hear()
+
+    async def sample(self) -> Sample:
+        assert self._process is not None and self._process.stdin is not None
+        self._process.stdin.write(b"go\n")
+        return {self.metric: await self._hear()}
+
+    async def stop(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            await asyncio.wait_for(self._process.wait(), 60)
+
+    async def _hear(self) -> float:
+        assert self._process is not None and self._process.stdout is not None
+        line = await asyncio.wait_for(self._process.stdout.readline(), START_S)
+        if not line:
+            raise BenchError("the Ray handle rival ended: python -m ops.bench.rivals.ray_handle 4 shows why")
+        return float(line)

@@ -93,7 +93,7 @@ class Report:
         if self.ratios:
             console.print(_rich("ratios, pair by pair: median (lowest to highest)", *self._ratio_rows()))
         for note in self.notes:
-            console.print(f"• {note}", style="dim")
+            console.print(f"• {note}", style="dim", markup=False)
 
     def markdown(self) -> str:
         """The benchmark's section of docs/benchmarks.md."""

@@ -142,6 +142,7 @@ class ReplicaLink:
             raise ValueError("the cluster secret is empty")
         options = options or LinkOptions()
         connection = LinkConnection(secret, ingress_id, options)
+        welcome: Welcome | None = None
         try:
             async with asyncio.timeout(options.handshake_s):
                 await parse_endpoint(endpoint).connect(lambda: connection)
@@ -151,7 +152,8 @@ class ReplicaLink:
         except OSError as error:
             raise EndpointError(f"cannot reach {endpoint}: {error.strerror or error}") from error
         finally:
-            connection.give_up_unless_welcome()
+            if welcome is None:  # also when cancelled in the very turn in which it came
+                connection.give_up()
         if connection.lost_reason is not None:
             raise LinkLostError(welcome.replica_id, connection.lost_reason)
         link = cls(connection, welcome, options)

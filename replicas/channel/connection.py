@@ -59,10 +59,10 @@ class LinkConnection(FrameProtocol):
         """Frames go to `link` from now on (the replica may have sent heartbeats before: they are skipped)."""
         self._link = link
 
-    def give_up_unless_welcome(self) -> None:
+    def give_up(self) -> None:
         """Leaves no connection behind a failed or cancelled handshake."""
-        if self.welcome.done() and not self.welcome.cancelled() and self.welcome.exception() is None:
-            return
+        if self.welcome.done() and not self.welcome.cancelled():
+            self.welcome.exception()  # it was raised, or nobody is left to hear it
         self.welcome.cancel()
         if hasattr(self, "transport"):
             self.fail("no handshake")

@@ -113,7 +113,8 @@ def _truncate(row: Tensor, params: SamplingParams) -> None:
 
 
 def _top_p_limit(row: Tensor, top_p: float) -> Tensor:
-    """The smallest logit of the likeliest tokens whose probabilities reach `top_p` together."""
+    """The smallest logit of the likeliest tokens whose probabilities reach `top_p` together: at least one token, so
+    that 0 keeps the likeliest alone."""
     log_total = torch.logsumexp(row, dim=0)
     for count in (*_TOP_P_CANDIDATES, row.shape[0]):
         values = row.topk(min(count, row.shape[0])).values

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from configs.document import read_file
 from configs.errors import ConfigError
-from configs.load import load_config, load_profile, setting, shipped_profiles
+from configs.load import PROFILES, load_config, load_profile, setting, shipped_profiles
 
 GOOD = """\
 models:
@@ -147,6 +148,17 @@ def test_unknown_profile_name_suggests_a_shipped_one() -> None:
 @pytest.mark.parametrize("name", shipped_profiles())
 def test_every_shipped_profile_is_valid(name: str) -> None:
     assert load_config(name, {}).groups
+
+
+def test_what_quickstart_shows_in_comments_is_valid_and_the_default(tmp_path: Path) -> None:
+    shipped = PROFILES / "quickstart.yaml"
+    active, first, commented = shipped.read_text().partition("# routing:\n")
+    shown = "".join(line[2:] or "\n" for line in (first + commented).splitlines(keepends=True))
+    (tmp_path / "shown.yaml").write_text(active + shown)
+    assert load_config(tmp_path / "shown.yaml", {}) == load_config(shipped, {})
+    (tmp_path / "sections.yaml").write_text(shown)
+    sections = read_file(tmp_path / "sections.yaml").tree
+    assert set(sections) == {"routing", "admission", "redis", "ray", "telemetry"}
 
 
 def test_later_layers_win(profile: Path) -> None:

@@ -14,6 +14,8 @@ from langchain_openai import ChatOpenAI, OpenAI
 from pydantic import SecretStr
 
 from tests.e2e.conftest import MODEL, Stack
+from tests.gateway.openai_schema import completion_chunk_problems, problems
+from tests.gateway.sse_reader import events
 
 pytestmark = [pytest.mark.ray, pytest.mark.model]
 HERE = Path(__file__).parent
@@ -70,24 +72,28 @@ def test_lm_eval_scores_a_local_task(stack: Stack, tmp_path: Path) -> None:
     assert result["results"]["wg_local"]["acc,none"] == 1.0
 
 
-def test_the_curl_of_the_readme_works(stack: Stack) -> None:
-    body = {
-        "model": MODEL,
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
-        "temperature": 0,
-    }
-    command = ["curl", "-sS", f"{stack.url}/v1/chat/completions", "-H", "content-type: application/json"]
-    done = subprocess.run([*command, "-d", json.dumps(body)], capture_output=True, text=True, timeout=60, check=True)
-    assert json.loads(done.stdout)["choices"][0]["message"]["content"] == PARIS
-
-
 def test_curl_sees_the_stream_of_the_documentation(stack: Stack) -> None:
     body = {"model": MODEL, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 8, "stream": True}
     command = ["curl", "-sSN", f"{stack.url}/v1/chat/completions", "-H", "content-type: application/json"]
     done = subprocess.run([*command, "-d", json.dumps(body)], capture_output=True, text=True, timeout=60, check=True)
-    events = done.stdout.split("\n\n")
-    assert events[-2] == "data: [DONE]" and events[-1] == ""
-    assert all(event.startswith("data: ") for event in events[:-1])
+    *chunks, last = events(done.stdout)
+    assert last == "[DONE]" and len(chunks) >= 3
+    for chunk in chunks:
+        assert problems(chunk, "CreateChatCompletionStreamResponse") == [], chunk
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert chunks[-1]["choices"][0]["finish_reason"] in ("stop", "length")
+
+
+def test_curl_sees_a_completions_stream_as_openai_sends_it(stack: Stack) -> None:
+    body = {"model": MODEL, "prompt": "Once upon", "max_tokens": 8, "logprobs": 2, "n": 2, "stream": True}
+    command = ["curl", "-sSN", f"{stack.url}/v1/completions", "-H", "content-type: application/json"]
+    done = subprocess.run([*command, "-d", json.dumps(body)], capture_output=True, text=True, timeout=60, check=True)
+    *chunks, last = events(done.stdout)
+    assert last == "[DONE]"
+    for chunk in chunks:
+        assert completion_chunk_problems(chunk) == [], chunk
+    finished = [choice["index"] for chunk in chunks for choice in chunk["choices"] if choice["finish_reason"]]
+    assert sorted(finished) == [0, 1]
 
 
 def test_the_npm_client_chats_and_streams(stack: Stack, tmp_path: Path) -> None:

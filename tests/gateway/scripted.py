@@ -12,7 +12,7 @@ from typing import TypeAlias
 import httpx
 from fastapi import FastAPI
 
-from configs.schema import AdmissionConfig, Config, GroupConfig, ModelConfig, TenantConfig
+from configs.schema import AdmissionConfig, Config, GroupConfig, HttpConfig, ModelConfig, TenantConfig
 from configs.tokenizer import ModelFiles, load_model_files
 from gateway.app import build_app
 from gateway.ledger import Ledger, UsageRecord
@@ -157,6 +157,7 @@ class Served:
 class Options:
     tenants: tuple[TenantConfig, ...] = (TenantConfig(id="local", anonymous=True),)
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    http: HttpConfig = field(default_factory=HttpConfig)
     models: tuple[ModelConfig, ...] = MODELS
     files: ModelFiles | None = None
     facts: EngineFacts | None = FACTS
@@ -171,6 +172,7 @@ def serve(script: Script = spoken, options: Options | None = None) -> Served:
         groups=tuple(GroupConfig(name=m.id, model=m.id) for m in chosen.models),
         tenants=chosen.tenants,
         admission=chosen.admission,
+        http=chosen.http,
     )
     files = chosen.files or load_model_files("sim:bytes", Path())
     clock, metrics = Clock(), Metrics()

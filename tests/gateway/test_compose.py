@@ -35,10 +35,13 @@ from configs.schema import (
 )
 from gateway.compose import ComposedGateway, compose
 from gateway.dispatch import FleetDispatcher
+from replicas.host import ReplicaHost
 from tests.routing.conftest import Valkey
 
 SLOW_S, FAST_S = 0.2, 0.002
 ROOT = Path(__file__).parents[2]
+QUICK = EngineConfig(kind="sim", max_num_seqs=8, sim=SimConfig(step_base_s=FAST_S))
+ONE_AT_A_TIME = EngineConfig(kind="sim", max_num_seqs=1, sim=SimConfig(step_base_s=SLOW_S))
 
 
 @dataclass
@@ -52,6 +55,7 @@ class Stack:
     server: uvicorn.Server
     client: httpx.AsyncClient
     processes: dict[str, asyncio.subprocess.Process] = field(default_factory=dict)
+    hosts: list[ReplicaHost] = field(default_factory=list)
 
     async def replica(self, replica_id: str, step_s: float = FAST_S) -> None:
         """Starts a replica and waits until it is ready here."""
@@ -66,6 +70,16 @@ class Stack:
         command = [sys.executable, "-m", "tests.gateway.replica_main", *map(str, paths), replica_id]
         self.processes[replica_id] = await asyncio.create_subprocess_exec(*command, cwd=ROOT)
         await until(lambda: self.num_ready > before, 20.0)
+
+    async def host(self, model_id: str, engine: EngineConfig = QUICK) -> ReplicaHost:
+        """Starts a replica of a model in this process and waits until it is ready here."""
+        before = self.composed.gateway.dispatcher.num_ready(model_id)
+        (group,) = [g for g in self.config.groups if g.model == model_id]
+        group = msgspec.structs.replace(group, engine=engine)
+        self.hosts.append(ReplicaHost(self.config, group, self.runtime, f"{model_id}-{len(self.hosts)}"))
+        await self.hosts[-1].start()
+        await until(lambda: self.composed.gateway.dispatcher.num_ready(model_id) > before)
+        return self.hosts[-1]
 
     def kill(self, replica_id: str) -> None:
         """SIGKILL: no farewell to anyone."""
@@ -82,7 +96,7 @@ class Stack:
 
     def idle(self) -> bool:
         admission = self.composed.admission
-        states = self.composed.fleet.states("m")
+        states = [state for model in self.config.models for state in self.composed.fleet.states(model.id)]
         in_flight = sum(s.num_running + s.num_waiting + s.num_sent for s in states)
         return not (admission.num_waiting or admission.num_unplaced or in_flight)
 
@@ -101,6 +115,7 @@ def valkey() -> Iterator[Valkey]:
 
 @pytest.fixture
 async def stack(valkey: Valkey) -> AsyncIterator[Stack]:
+    """One model, `m`, and no replica yet."""
     config = Config(
         cluster="test",
         models=(ModelConfig(id="m", source="sim:bytes", default_max_tokens=64),),
@@ -109,6 +124,27 @@ async def stack(valkey: Valkey) -> AsyncIterator[Stack]:
         channel=ChannelConfig(heartbeat_s=0.2, dead_after_s=0.6),
         admission=AdmissionConfig(max_ahead_per_replica=4),
     )
+    async with running(config, valkey) as stack:
+        yield stack
+
+
+@pytest.fixture
+async def two_models(valkey: Valkey) -> AsyncIterator[Stack]:
+    """`m` and `n` behind one address, and no replica yet."""
+    config = Config(
+        cluster="test",
+        models=tuple(ModelConfig(id=name, source="sim:bytes", aliases=(f"org/{name}",)) for name in "mn"),
+        groups=tuple(GroupConfig(name=f"group-{name}", model=name) for name in "mn"),
+        tenants=(TenantConfig(id="local", anonymous=True),),
+        channel=ChannelConfig(heartbeat_s=0.2, dead_after_s=0.6),
+        admission=AdmissionConfig(max_ahead_per_replica=1),
+    )
+    async with running(config, valkey) as stack:
+        yield stack
+
+
+@contextlib.asynccontextmanager
+async def running(config: Config, valkey: Valkey) -> AsyncIterator[Stack]:
     folder = valkey.path.parent
     runtime = Runtime(run_dir=folder, home=folder, redis_url=valkey.url, secret=b"s" * 32, instance="test")
     composed = await compose(config, runtime)
@@ -127,6 +163,8 @@ async def stack(valkey: Valkey) -> AsyncIterator[Stack]:
         server.should_exit = True
         await serving
         await composed.close()
+        for host in stack.hosts:
+            await host.close()
         for process in stack.processes.values():
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
@@ -288,6 +326,57 @@ async def test_where_a_request_went_can_be_asked(stack: Stack) -> None:
     (decision,) = dispatcher.router._kept.values()
     assert decision.replica_id == "a"
     assert set(decision.candidates[0].terms_s) >= {"queue", "prefill"}
+
+
+async def test_two_models_behind_one_address_answer_under_their_names_and_aliases(two_models: Stack) -> None:
+    for name in "mn":
+        host = await two_models.host(name)
+        by_name, by_alias = [
+            await two_models.client.post("/v1/chat/completions", json=body(model=asked, seed=1, max_tokens=9))
+            for asked in (name, f"org/{name}")
+        ]
+        assert by_name.status_code == by_alias.status_code == 200, by_name.text
+        assert by_name.json()["model"] == by_alias.json()["model"] == name
+        assert by_name.json()["choices"] == by_alias.json()["choices"]
+        assert by_name.headers["x-warmgate-replica"] == by_alias.headers["x-warmgate-replica"] == host.replica_id
+    assert (await two_models.client.get("/ready")).json()["replicas"] == {"m": 1, "n": 1}
+    assert {"m", "n"} <= {model["id"] for model in (await two_models.client.get("/v1/models")).json()["data"]}
+    unknown = await two_models.client.post("/v1/chat/completions", json=body(model="o"))
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_the_backlog_of_one_model_does_not_hold_up_another(two_models: Stack) -> None:
+    await two_models.host("m", ONE_AT_A_TIME)
+    await two_models.host("n")
+    admission = two_models.composed.admission
+    backlog = [asyncio.create_task(text_of(two_models, max_tokens=1000)) for _ in range(8)]
+    await until(lambda: admission.num_waiting >= 6)
+    async with asyncio.timeout(2.0):
+        for _ in range(4):
+            assert await text_of(two_models, model="n", max_tokens=3)
+    assert admission.num_waiting >= 6, "those of the other model wait still"
+    for asking in backlog:
+        assert not asking.done()
+        asking.cancel()
+    await asyncio.gather(*backlog, return_exceptions=True)
+    await until(two_models.idle)
+
+
+async def test_a_model_without_a_replica_holds_up_only_itself(two_models: Stack) -> None:
+    await two_models.host("n")
+    never_there = await two_models.client.post("/v1/chat/completions", json=body())
+    assert (never_there.status_code, never_there.headers["retry-after"]) == (503, "5")
+    assert (await two_models.client.get("/ready")).json()["error"]["message"] == "No replica is ready for: m."
+    assert await text_of(two_models, model="n", max_tokens=3)
+    gone = await two_models.host("m")
+    await gone.close()
+    await until(lambda: not two_models.num_ready)
+    asking = asyncio.create_task(text_of(two_models, max_tokens=3))
+    await until(lambda: two_models.composed.admission.num_waiting == 1)
+    assert await text_of(two_models, model="n", max_tokens=3)
+    assert not asking.done()
+    await two_models.host("m")
+    assert await asking
 
 
 async def test_an_ingress_starts_at_once_and_closes_twice_without_redis_or_replicas(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 from msgspec.structs import replace
 
-from configs.schema import AdmissionConfig, TenantConfig
+from configs.schema import AdmissionConfig, HttpConfig, TenantConfig
 from gateway.errors import QueueFullError, UnavailableError
 from tests.gateway.openai_schema import problems
 from tests.gateway.scripted import FACTS, Options, serve, spoken
@@ -193,7 +193,7 @@ async def test_quota_is_told_in_headers_and_enforced() -> None:
     assert (third.status_code, third.json()["error"]["type"]) == (429, "rate_limit_error")
     assert third.headers["retry-after"] == "30"
     assert served.gateway.tenants.quota(served.dispatcher.jobs[0].tenant).num_open == 0
-    assert 'warmgate_refusals_total{reason="quota"} 1.0' in served.gateway.metrics.exposition().decode()
+    assert 'warmgate_refusals_total{reason="rate_limit_exceeded"} 1.0' in served.gateway.metrics.exposition().decode()
 
 
 async def test_docs_show_the_schemas_that_requests_are_decoded_into() -> None:
@@ -253,6 +253,16 @@ async def test_priority_is_bounded_by_the_tenants_ceiling() -> None:
     assert [job.priority for job in served.dispatcher.jobs] == [-3, -2, 5, 0]
 
 
+async def test_a_tenants_patience_becomes_the_deadline_of_its_jobs() -> None:
+    patient, hasty = TenantConfig(id="a", keys=("k-a",)), TenantConfig(id="b", keys=("k-b",), max_wait_s=2.5)
+    served = serve(options=Options(tenants=(patient, hasty), admission=AdmissionConfig(max_wait_s=30.0)))
+    for key in ("k-a", "k-b"):
+        async with served.client(authorization=f"Bearer {key}") as client:
+            await client.post(CHAT, json=BODY)
+    now = served.clock()
+    assert [job.deadline for job in served.dispatcher.jobs] == [None, now + 2.5]
+
+
 async def test_engine_limits_bound_what_may_be_asked() -> None:
     facts = replace(FACTS, max_logprobs=3, prompt_logprobs=False)
     async with serve(options=Options(facts=facts)).client() as client:
@@ -290,3 +300,11 @@ async def test_an_answer_names_its_replica_and_its_ingress() -> None:
             answer = await client.post("/v1/chat/completions", json={**body, "stream": stream})
             assert answer.headers["x-warmgate-replica"] == "scripted-0"
             assert answer.headers["x-warmgate-ingress"] == "in1"
+
+
+async def test_an_answer_names_its_replica_as_other_routers_do_where_the_profile_asks_for_it() -> None:
+    for asked in (False, True):
+        async with serve(options=Options(http=HttpConfig(worker_id_header=asked))).client() as client:
+            answers = [await client.post(CHAT, json={**BODY, "stream": stream}) for stream in (False, True)]
+        assert [answer.headers.get("x-worker-id") for answer in answers] == ["scripted-0" if asked else None] * 2
+        assert all(answer.headers["x-warmgate-replica"] == "scripted-0" for answer in answers)

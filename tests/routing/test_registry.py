@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from routing.registry import Announcement, Member, Members, MemberWatch, RegistryOptions
+from routing.registry import Announcement, Load, Member, Members, MemberWatch, RegistryOptions
 from routing.store import Store, StoreError, StoreOptions
 from tests.routing.conftest import Valkey
 
@@ -45,7 +45,7 @@ class Fleet:
         return self.stores[-1]
 
     def announce(self, member: Member, options: RegistryOptions = QUICK, cluster: str = "test") -> Announcement:
-        announcement = Announcement(self.store(cluster), member, options)
+        announcement = Announcement(self.store(cluster), member, lambda: Load(num_running=3, num_blocks=64), options)
         self.announcements.append(announcement)
         announcement.start()
         return announcement
@@ -277,3 +277,49 @@ async def test_closing_leaves_no_task_behind(valkey: Valkey) -> None:
     await watch.close()
     assert asyncio.all_tasks() == before
     assert sorted(watch.members) == ["a"], "the last set stays readable"
+
+
+async def test_a_replicas_load_is_there_for_who_is_not_connected_to_it(fleet: Fleet) -> None:
+    watch = fleet.watch()
+    announcement = fleet.announce(member("a"))
+    await until(lambda: watch.members)
+    assert await watch.loads() == {"a": Load(num_running=3, num_blocks=64)}
+    await announcement.withdraw()
+    await until(lambda: not watch.members)
+    assert await fleet.store().execute("EXISTS", "wg:{test}:load:a") == 0
+
+
+async def test_a_load_that_cannot_be_told_does_not_silence_the_member(fleet: Fleet) -> None:
+    def broken() -> Load:
+        raise RuntimeError("the engine is dead")
+
+    announcement = Announcement(fleet.store(), member("a"), broken, QUICK)
+    fleet.announcements.append(announcement)
+    announcement.start()
+    watch = fleet.watch()
+    await until(lambda: watch.members)
+    assert await watch.loads() == {}
+
+
+async def test_a_member_that_only_redis_lost_stays_while_somebody_is_connected_to_it(fleet: Fleet) -> None:
+    connected = {"a": True}
+    watch = MemberWatch(fleet.store(), QUICK, lambda replica_id: connected.get(replica_id, False))
+    fleet.watches.append(watch)
+    watch.start()
+    announcement = fleet.announce(member("a"))
+    await until(lambda: watch.members)
+    await fleet.vanish(announcement)  # as when Redis refuses its writes
+    await asyncio.sleep(3 * QUICK.ttl_s)
+    assert set(watch.members) == {"a"}
+    connected.clear()
+    await until(lambda: not watch.members)
+
+
+async def test_a_withdrawn_member_goes_though_somebody_is_still_connected_to_it(fleet: Fleet) -> None:
+    watch = MemberWatch(fleet.store(), QUICK, lambda replica_id: True)
+    fleet.watches.append(watch)
+    watch.start()
+    announcement = fleet.announce(member("a"))
+    await until(lambda: watch.members)
+    await announcement.withdraw()
+    await until(lambda: not watch.members)

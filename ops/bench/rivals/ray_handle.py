@@ -1,21 +1,24 @@
 """Tokens over a Ray Serve DeploymentHandle, in throughput mode: what the channel replaces.
 
-`python -m ops.bench.rivals.ray_handle REPEATS STREAMS` prints chunks per CPU-second of caller and replica, by repeat.
+`python -m ops.bench.rivals.ray_handle STREAMS` says 0 when it is ready; for every line it reads it runs STREAMS streams
+and prints the chunks per CPU-second of caller and replica.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import sys
 from typing import Any
 
+from ops.bench.contestants.wire import claim_stdout
+
 NUM_CHUNKS = 512
 
 
-async def main(num_repeats: int, concurrency: int) -> list[float]:
+async def main(concurrency: int) -> None:
     """Runs the streams on a private Ray and reads the CPU of both actors."""
+    out = claim_stdout()
     os.environ["RAY_SERVE_THROUGHPUT_OPTIMIZED"] = "1"
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -54,16 +57,15 @@ async def main(num_repeats: int, concurrency: int) -> list[float]:
         caller = serve.run(Caller.bind(Streamer.bind()), route_prefix=None)  # type: ignore[attr-defined]
         pids = await caller.pids.remote()
         await caller.drive.remote(concurrency)
-        rates = []
-        for _ in range(num_repeats):
+        print(0, file=out)
+        while await asyncio.to_thread(sys.stdin.readline):
             before = sum(process_cpu_s(pid) for pid in pids)
             num_chunks = await caller.drive.remote(concurrency)
-            rates.append(num_chunks / (sum(process_cpu_s(pid) for pid in pids) - before))
-        return rates
+            print(num_chunks / (sum(process_cpu_s(pid) for pid in pids) - before), file=out)
     finally:
         serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
 
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(main(int(sys.argv[1]), int(sys.argv[2])))))
+    asyncio.run(main(int(sys.argv[1])))

@@ -40,7 +40,11 @@ async def main(model_dir: str, dtype: str, threads: str) -> None:
 
         async def one(index: int, prompt: list[int]) -> None:
             sampling = SamplingParams(
-                max_tokens=burst.max_tokens, temperature=0.0, ignore_eos=True, output_kind=RequestOutputKind.DELTA
+                max_tokens=burst.max_tokens,
+                temperature=0.0,
+                ignore_eos=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.DELTA,
             )
             async for output in engine.generate({"prompt_token_ids": prompt}, sampling, f"{start}-{index}"):
                 burst.came(index, len(output.outputs[0].token_ids), time.perf_counter() - start)
@@ -48,7 +52,7 @@ async def main(model_dir: str, dtype: str, threads: str) -> None:
         await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(burst.prompts)))
 
     try:
-        await converse(out, {"dtype": dtype}, run)
+        await converse(out, {"dtype": dtype, "enforce_eager": arguments.enforce_eager, "detokenize": False}, run)
     finally:
         engine.shutdown()
 

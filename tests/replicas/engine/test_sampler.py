@@ -55,7 +55,7 @@ def obvious_distribution(output: tuple[int, ...], sampling: dict[str, Any]) -> n
     p /= p.sum()
     before = 0.0
     for token_id in ranking:
-        if before >= sampling.get("top_p", 1.0):
+        if before and before >= sampling.get("top_p", 1.0):  # the likeliest always stays
             p[token_id] = 0
         before += p[token_id]
     return p / p.sum()
@@ -71,6 +71,7 @@ FIELDS: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     ((), {"top_p": 0.5}),
     ((), {"top_p": 0.95}),
     ((), {"top_p": 1e-6}),
+    ((), {"top_p": 0.0}),
     ((), {"min_p": 0.1}),
     ((), {"temperature": 1.5, "min_p": 0.02, "top_k": 12, "top_p": 0.8}),
     ((), {"logit_bias": {9: 100.0, 10: 99.0}}),

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from replicas.contract import GenerateRequest
 from tests.replicas.engine.driver import Answer, build, make_request, run
 
-pytestmark = [pytest.mark.model, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]
 
 LENGTHS = [
     *(1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 15, 16, 17, 19, 23, 24, 29, 31, 32, 33, 37, 41, 47, 48, 53, 61, 63, 64),
@@ -132,13 +132,22 @@ def test_greedy_tokens_of_mixed_batches_in_chunks_and_from_the_cache_equal_trans
     assert [warm[str(i)].num_cached for i in range(len(prompts))] == whole
 
 
+@pytest.mark.parametrize(
+    ("longest", "num_blocks", "prefix_caching"), [(64, 25, False), (64, 25, True), (260, 90, True)]
+)
 def test_greedy_tokens_of_preempted_requests_equal_transformers(
-    model_dir: Path, prompts: list[list[int]], oracle: list[Expected]
+    longest: int,
+    num_blocks: int,
+    prefix_caching: bool,
+    model_dir: Path,
+    prompts: list[list[int]],
+    oracle: list[Expected],
 ) -> None:
-    short = [request for request in requests(prompts) if request.num_prompt_tokens <= 64]
+    chosen = [request for request in requests(prompts) if request.num_prompt_tokens <= longest]
     block_bytes = 30 * 4 * 2 * 3 * 64 * 4
-    core = build(model_dir, block_size=4, prefix_caching=False, kv_cache_gib=25 * block_bytes / 2**30).core
-    check(run(core, short), oracle)
+    room = num_blocks * block_bytes / 2**30
+    core = build(model_dir, block_size=4, prefix_caching=prefix_caching, kv_cache_gib=room).core
+    check(run(core, chosen), oracle)
     assert core.scheduler.num_preemptions > 0
 
 

@@ -1,0 +1,77 @@
+"""`warmgate status`: the running instances of this machine, their replicas, and what those are doing."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ops.instance import Instance, find_instances
+from routing.registry import Load, Member, MemberWatch
+from routing.store import Store, StoreError, StoreOptions
+
+_COLUMNS = ("replica", "model", "engine", "pid", "running", "waiting", "tokens waiting", "KV used")
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """One instance and what its registry says; `problem` when the registry could not be asked."""
+
+    instance: Instance
+    replicas: tuple[tuple[Member, Load | None], ...] = ()
+    problem: str = ""
+
+    def as_json(self) -> dict[str, object]:
+        replicas = [
+            {"replica_id": member.replica_id, "group": member.group, "model": member.model, "pid": member.pid}
+            | ({} if load is None else {name: getattr(load, name) for name in Load.__struct_fields__})
+            for member, load in self.replicas
+        ]
+        about = {"url": self.instance.url, "pid": self.instance.pid, "ready": self.instance.ready}
+        return {**about, "cluster": self.instance.cluster, "replicas": replicas, "problem": self.problem}
+
+
+def statuses(temp_dir: Path | None = None) -> list[Status]:
+    """Every live instance of this user, the oldest first."""
+    return asyncio.run(_all(find_instances(temp_dir or Path(tempfile.gettempdir()))))
+
+
+async def _all(instances: list[Instance]) -> list[Status]:
+    return list(await asyncio.gather(*(_ask(instance) for instance in instances)))
+
+
+async def _ask(instance: Instance) -> Status:
+    if not instance.redis_url:
+        return Status(instance, problem="it is still starting")
+    store = Store(instance.redis_url, instance.cluster, StoreOptions(timeout_s=2.0))
+    watch = MemberWatch(store)
+    try:
+        await watch.refresh()
+        loads = await watch.loads()
+    except StoreError as error:
+        return Status(instance, problem=f"its registry does not answer: {error}")
+    finally:
+        await store.close()
+    return Status(instance, tuple((m, loads.get(m.replica_id)) for m in watch.members.values()))
+
+
+def show(found: list[Status], console: Console) -> None:
+    """A table an instance."""
+    for status in found:
+        instance = status.instance
+        ready = "ready" if instance.ready else "not ready"
+        table = Table(*_COLUMNS, title=f"{instance.url}  {status.instance.cluster}  {ready}", title_justify="left")
+        for member, load in status.replicas:
+            table.add_row(member.replica_id, member.model, member.engine, str(member.pid), *_cells(load))
+        console.print(table if not status.problem else f"{instance.url}: {status.problem}")
+
+
+def _cells(load: Load | None) -> tuple[str, ...]:
+    if load is None:
+        return ("?",) * 4
+    used = 100 * (1 - load.num_free_blocks / load.num_blocks) if load.num_blocks else 0.0
+    return str(load.num_running), str(load.num_waiting), str(load.num_waiting_tokens), f"{used:.0f} %"
