@@ -82,7 +82,10 @@ class Stack:
         process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
         self._children.append(process)
         assert process.stdout is not None
-        line = await asyncio.wait_for(process.stdout.readline(), START_S)
+        try:
+            line = await asyncio.wait_for(process.stdout.readline(), START_S)
+        except TimeoutError as error:
+            raise BenchError(f"the {kind} {name} was not ready within {START_S:g} s") from error
         if not line:
             raise BenchError(f"the {kind} {name} did not start: see above")
         return process.pid, line.decode().strip()

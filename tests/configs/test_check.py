@@ -56,6 +56,8 @@ def test_a_good_configuration_has_no_problem() -> None:
         ({"tenants": [*BASE["tenants"], {"id": "t", "keys": ["k"]}]}, "tenants[1].id", "duplicate tenant id 't'"),
         ({"tenants": [*BASE["tenants"], {"id": "u", "anonymous": True}]}, "tenants[1].anonymous", "only one tenant"),
         ({"tenants": [{"id": "t", "keys": ["k"], "models": ["x"]}]}, "tenants[0].models[0]", "no model 'x'"),
+        ({"tenants": [{"id": "t", "keys": ["k"], "models": ["alias"]}]}, "tenants[0].models[0]", "write its id 'm'"),
+        ({"redis": {"url": "rediss://:hunter2@cache:99999"}}, "redis.url", "got 'rediss://***@cache:99999'"),
         ({"redis": {"url": "http://localhost"}}, "redis.url", "expected embedded, redis://"),
         ({"redis": {"url": "redis://localhost:x"}}, "redis.url", "the port must be 1 to 65535"),
         ({"http": {"port": 6379}, "redis": {"url": "redis://localhost"}}, "redis.url", "duplicate port '6379'"),

@@ -85,6 +85,8 @@ async def test_a_member_that_comes_back_while_it_finishes_is_used_again() -> Non
     await world.members()
     await world.replicas("a")
     assert world.fleet.num_ready("m") == 1
+    world.fleet.index.insert("a", (1, 2))
+    assert world.fleet.index.match((1, 2)) == {"a": 2}, "what it gets from now on is mirrored again"
     placement.close()
     await settle()
     assert not a.closed

@@ -162,3 +162,18 @@ async def test_the_first_error_of_merged_streams_ends_all_of_them() -> None:
         await flow.next()
     await flow.aclose()
     assert [source.closed for source in sources] == [1, 1, 1]
+
+
+async def test_deltas_of_other_jobs_are_told_before_the_error_of_one() -> None:
+    good, bad = Source(), Source()
+    flow = MergedFlow([good.deltas(), bad.deltas()])
+    good.put("a")
+    assert texts(await flow.next()) == ["a"]
+    good.put("b")
+    bad.queue.put_nowait(ReplicaLostError("gone"))
+    await asyncio.sleep(0.01)
+    assert texts(await flow.next()) == ["b"]
+    with pytest.raises(ReplicaLostError):
+        await flow.next()
+    await flow.aclose()
+    assert good.closed == bad.closed == 1

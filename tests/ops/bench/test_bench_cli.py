@@ -17,7 +17,7 @@ import psutil
 import pytest
 from click.testing import CliRunner, Result
 
-from ops.bench import cli, kv
+from ops.bench import cli, engine, kv, stack
 from ops.bench.harness import BenchError, Plan, Samples
 from ops.bench.report import Report
 from ops.cli import main
@@ -148,6 +148,33 @@ def test_benchmark_that_cannot_run_is_one_line_and_exit_code_1(
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.splitlines()[-1] == "error: with cache [1], without [2]"
     assert "Traceback" not in result.stderr
+
+
+def test_picture_that_cannot_be_drawn_costs_nobody_the_figures(
+    pretended: list[Plan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def plot(*_: object) -> None:
+        raise BenchError("the plot needs matplotlib: pip install matplotlib")
+
+    async def run(workload: Any, wanted: Any, plan: Plan, notice: Any) -> Report:
+        return await kv.run(workload.model_dir, (), plan, notice)
+
+    monkeypatch.setattr(engine, "run", run)
+    monkeypatch.setattr(engine, "plot", plot)
+    result = bench("engine", "--plot", str(tmp_path / "x.png"))
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == "error: the plot needs matplotlib: pip install matplotlib"
+    assert json.loads(result.stdout.splitlines()[-1])["repeats"] == 5
+
+
+def test_stack_that_is_not_ready_in_time_is_one_line_and_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stack, "START_S", 0.01)
+    result = bench("gateway", "--quick", "--side", "warmgate")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.splitlines()[-1] == "error: the replica r0 was not ready within 0.01 s"
+    assert psutil.Process().children(recursive=True) == []
 
 
 def test_quick_gateway_run_measures_our_ingress_and_leaves_nothing_behind(marked: dict[str, str]) -> None:
