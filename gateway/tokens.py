@@ -7,15 +7,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins: character → the byte it stands for."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_ALPHABET = _byte_level_alphabet()
+from configs.token_bytes import byte_fallback, byte_level
 
 
 class TokenText:
@@ -58,10 +50,8 @@ class TokenText:
 
     def _decode(self, token: str) -> bytes:
         if self._byte_level:
-            return b"".join(bytes((_ALPHABET[c],)) if c in _ALPHABET else c.encode() for c in token)
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return bytes((int(token[3:5], 16),))
-        return (token.replace("▁", " ") if self._word_start else token).encode()
+            return byte_level(token)
+        return byte_fallback(token) if self._word_start else token.encode()
 
 
 def _decoder_kinds(tokenizer: Tokenizer) -> list[str]:

@@ -10,6 +10,8 @@ from typing import Protocol
 
 import tokenizers
 
+from configs.token_bytes import byte_fallback, byte_level
+
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _NUM_CONTEXT = 6
 _MAX_HELD = 4
@@ -169,37 +171,11 @@ def _spelling(tokenizer: tokenizers.Tokenizer) -> Callable[[str], bytes] | None:
     """How this tokenizer's tokens spell bytes; None when decoding is more than putting bytes together."""
     decoder = json.loads(tokenizer.to_str())["decoder"] or {"type": "none"}
     if decoder["type"] == "ByteLevel":
-        return _byte_level
+        return byte_level
     steps = decoder["decoders"] if decoder["type"] == "Sequence" else []
     # `Strip` takes the space in front of a whole text away: that is the prompt's.
     if [step["type"] for step in steps] in (_SENTENCE_PIECE, _SENTENCE_PIECE[:-1]) and (
         (steps[0]["pattern"], steps[0]["content"]) == ({"String": "▁"}, " ")
     ):
-        return _byte_fallback
+        return byte_fallback
     return None
-
-
-def _byte_fallback(token: str) -> bytes:
-    """SentencePiece: ▁ for a space, <0x0A> for a byte."""
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        with contextlib.suppress(ValueError):
-            return bytes([int(token[3:5], 16)])
-    return token.replace("▁", " ").encode()
-
-
-def _byte_level(token: str) -> bytes:
-    """Byte-level BPE writes each byte as one printable character; an added token may be written plainly."""
-    try:
-        return bytes([_BYTES[char] for char in token])
-    except KeyError:
-        return token.encode()
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's: printable Latin-1 stands for itself, the other bytes for the characters from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTES = _byte_alphabet()

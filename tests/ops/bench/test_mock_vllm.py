@@ -171,7 +171,7 @@ async def test_render_of_completions_is_one_request_a_prompt() -> None:
 @pytest.mark.parametrize(("max_tokens", "num_tokens", "reason"), [(3, 3, "length"), (None, 6, "stop"), (9, 6, "stop")])
 async def test_openai_client_reads_a_whole_chat_answer(max_tokens: int | None, num_tokens: int, reason: str) -> None:
     async with mock(stop_after=6) as (app, client), openai_client(client) as api:
-        limit = {} if max_tokens is None else {"max_tokens": max_tokens}
+        limit: dict[str, Any] = {} if max_tokens is None else {"max_tokens": max_tokens}
         answer = await api.chat.completions.create(**HELLO, **limit)
         [choice] = answer.choices
         assert (choice.message.role, choice.message.content) == ("assistant", text_of(num_tokens))

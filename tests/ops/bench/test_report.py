@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ops.bench.harness import Goal, Samples
+from ops.bench.harness import Goal, Sample, Samples
 from ops.bench.report import Report, describe_machine, package_versions, record
 
 
 def made(num_repeats: int = 5, notes: tuple[str, ...] = ("B is slow",)) -> Report:
-    ours = [{"tok/s": 10.0 + i, "TTFT ms": 5.0} for i in range(num_repeats)]
-    theirs = [{"tok/s": 5.0} for _ in range(num_repeats)]
+    ours: list[Sample] = [{"tok/s": 10.0 + i, "TTFT ms": 5.0} for i in range(num_repeats)]
+    theirs: list[Sample] = [{"tok/s": 5.0} for _ in range(num_repeats)]
     samples = Samples({"ours": ours, "their|s": theirs})
     ratios = [
         samples.ratio("tok/s", "ours", "their|s", Goal.at_least(2.0)),
