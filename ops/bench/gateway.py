@@ -20,7 +20,7 @@ import httpx
 import msgspec
 
 from ops.bench.cpu import CpuMeter
-from ops.bench.harness import Goal, Notice, Plan, Ratio, Sample, Samples, alternate
+from ops.bench.harness import BenchError, Goal, Notice, Plan, Ratio, Sample, Samples, alternate
 from ops.bench.load import load_process
 from ops.bench.load_spec import Closed, LoadResult, LoadSpec
 from ops.bench.ray_sides import RayHandle, haproxy_stack
@@ -105,7 +105,10 @@ class FrontSide:
             before = meter.read()
             await load.go()
             used = meter.read().since(before)
-            return used, await load.result()
+            result = await load.result()
+        if result.num_rejected:
+            raise BenchError(f"{result.num_rejected} of {result.num_requests} requests were refused: {result.faults}")
+        return used, result
 
 
 @contextlib.asynccontextmanager
