@@ -14,7 +14,7 @@ from ops.instance import Instance, find_instances
 from routing.registry import Load, Member, MemberWatch
 from routing.store import Store, StoreError, StoreOptions
 
-_COLUMNS = ("replica", "model", "engine", "pid", "running", "waiting", "tokens waiting", "KV used")
+_COLUMNS = ("replica", "model", "pid", "running", "waiting", "tokens", "KV")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +60,16 @@ async def _ask(instance: Instance) -> Status:
 
 
 def show(found: list[Status], console: Console) -> None:
-    """A table an instance."""
+    """A table an instance; `tokens`: prompt tokens not computed yet, `KV`: the share of blocks in use."""
     for status in found:
         instance = status.instance
         ready = "ready" if instance.ready else "not ready"
-        table = Table(*_COLUMNS, title=f"{instance.url}  {status.instance.cluster}  {ready}", title_justify="left")
+        title = f"{instance.url}  {instance.cluster}  {ready}"
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+        for column in _COLUMNS:  # ids whole, also on 80 columns: they are there to be copied
+            table.add_column(column, no_wrap=True)
         for member, load in status.replicas:
-            table.add_row(member.replica_id, member.model, member.engine, str(member.pid), *_cells(load))
+            table.add_row(member.replica_id, member.model, str(member.pid), *_cells(load))
         console.print(table if not status.problem else f"{instance.url}: {status.problem}")
 
 
