@@ -175,7 +175,7 @@ def models_path(name: str) -> None:
 @click.option("--model", help="Model id [default: the first the gateway lists].")
 @click.option("--system", help="System message.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer, in tokens.")
-@click.option("--temperature", type=click.FloatRange(0, 2), help="0 is greedy.")
+@click.option("--temperature", type=click.FloatRange(0, 2), default=0.2, show_default=True, help="0 is greedy.")
 def chat(prompt: tuple[str, ...], **options: Any) -> None:
     """Chat with a gateway. With PROMPT, or with text on standard input: one answer, then the end.
 
@@ -280,14 +280,16 @@ def _load(profile: str, *, host: str | None = None, port: str | None = None, set
 
 
 def _running_url() -> str:
-    """Where the gateway started last on this machine answers."""
+    """The gateway that runs here and is ready, port 8000 when there is none; never a guess among several."""
     import tempfile
     from pathlib import Path
 
     from ops.instance import find_instances
 
-    running = find_instances(Path(tempfile.gettempdir()))
-    return running[-1].url if running else "http://127.0.0.1:8000"
+    ready = [instance.url for instance in find_instances(Path(tempfile.gettempdir())) if instance.ready]
+    if len(ready) > 1:
+        raise click.UsageError(f"several instances run here: choose one with --url: {', '.join(ready)}")
+    return ready[0] if ready else "http://127.0.0.1:8000"
 
 
 def _console(*, stderr: bool = False) -> Console:

@@ -160,6 +160,7 @@ class Serving:
             try:
                 with urllib.request.urlopen(f"{self.url}/ready", timeout=5.0) as response:
                     if response.status == 200:
+                        tell("")
                         return
             except urllib.error.HTTPError as error:
                 answer = f"{error.code} {error.read(300).decode(errors='replace')}"

@@ -79,7 +79,7 @@ def test_sequences_in_one_step_do_not_see_each_other(name: str, kernels: Kernels
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("name", ["llama", "mistral with window"])
+@pytest.mark.parametrize("name", ["llama", "llama without GQA", "mistral with window"])
 def test_chunks_of_several_tiles_equal_transformers(name: str, kernels: Kernels, tiny_model: TinyModels) -> None:
     folder, oracle = tiny_model(name)
     tokens = random_tokens(256, seed=3)
