@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
-from ops.bench.harness import Plan
+from ops.bench.harness import BenchError, Plan
 from ops.bench.report import Report, record
 
 PAGE = Path("docs/benchmarks.md")
@@ -22,8 +23,18 @@ _AT_LEAST_1 = click.IntRange(min=1)
 _repeats = click.option(
     "--repeats", default=5, show_default=True, type=_AT_LEAST_1, help="Counted rounds; recorded figures need 5."
 )
-_quick = click.option("--quick", is_flag=True, help="One short round: shows that it runs, measures nothing.")
-_record = click.option("--record", "recorded", is_flag=True, help=f"Put the table into {PAGE}.")
+_quick = click.option(
+    "--quick", is_flag=True, is_eager=True, help="One short round: shows that it runs, measures nothing."
+)
+
+
+def _not_both(context: click.Context, _parameter: click.Parameter, recorded: bool) -> bool:
+    if recorded and context.params.get("quick"):
+        raise click.UsageError("--quick measures nothing, so there is nothing to --record")
+    return recorded
+
+
+_record = click.option("--record", "recorded", is_flag=True, callback=_not_both, help=f"Put the table into {PAGE}.")
 _model = click.option("--model", default="smollm2-135m", show_default=True, help="Catalogue name or folder.")
 
 
@@ -47,6 +58,7 @@ def bench() -> None:
 @click.option("--side", "wanted", multiple=True, help="Only these sides (repeat the option). Default: all.")
 @click.option("--threads", default=1, show_default=True, type=_AT_LEAST_1, help="Threads of every side.")
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16"]))
+@click.option("--shared-prefix", default=0, type=click.IntRange(min=0), help="Prompt tokens alike in all; caches on.")
 @click.option("--plot", "plot_to", type=click.Path(path_type=Path), help="Throughput against concurrency, as PNG.")
 def engine(
     model: str, repeats: int, quick: bool, recorded: bool, wanted: tuple[str, ...], plot_to: Path | None, **set_to: Any
@@ -113,8 +125,17 @@ def _model_dir(model: str) -> Path:
 def _measure(begin: Any) -> Report:
     console = Console(stderr=True)
     with console.status("…") as status:
-        work: Coroutine[Any, Any, Report] = begin(lambda words: _say(console, status, words))
-        return asyncio.run(work)
+        return asyncio.run(_until_told(begin(lambda words: _say(console, status, words))))
+
+
+async def _until_told(work: Coroutine[Any, Any, Report]) -> Report:
+    """The report; SIGTERM (`timeout` sends it) ends every process that `work` began before it raises BenchError."""
+    measuring = asyncio.ensure_future(work)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, measuring.cancel)
+    try:
+        return await measuring
+    except asyncio.CancelledError as error:
+        raise BenchError("told to stop before the measurement was complete: no figures") from error
 
 
 def _say(console: Console, status: Status, words: str) -> None:

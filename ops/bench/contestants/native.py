@@ -1,4 +1,4 @@
-"""The in-house engine, in process: `python -m ops.bench.contestants.native MODEL_DIR DTYPE THREADS`."""
+"""The in-house engine, in process: `python -m ops.bench.contestants.native MODEL_DIR DTYPE THREADS CACHE`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from replicas.engine.engine import native_engine
 from replicas.local import LocalEngine
 
 
-async def main(model_dir: str, dtype: str, threads: str) -> None:
+async def main(model_dir: str, dtype: str, threads: str, cache: str) -> None:
     out = claim_stdout()
-    config = EngineConfig(dtype=dtype, threads=int(threads), kv_cache_gib=0.5, prefix_caching=False)  # type: ignore[arg-type]
+    sharing = cache == "cache"
+    config = EngineConfig(dtype=dtype, threads=int(threads), kv_cache_gib=0.5, prefix_caching=sharing)  # type: ignore[arg-type]
     async with LocalEngine(native_engine(Path(model_dir), config, "bench")) as engine:
         facts = engine.facts
         assert facts is not None
@@ -28,7 +29,7 @@ async def main(model_dir: str, dtype: str, threads: str) -> None:
                 sampling = SamplingParams(max_tokens=burst.max_tokens, seed=index, temperature=0.0, ignore_eos=True)
                 request = GenerateRequest(request_id=f"{start}-{index}", prompt=pack_tokens(prompt), sampling=sampling)
                 async for delta in engine.stream(request):
-                    burst.came(index, len(delta.token_ids), time.perf_counter() - start)
+                    burst.came(index, delta.token_ids, time.perf_counter() - start)
 
             await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(burst.prompts)))
 

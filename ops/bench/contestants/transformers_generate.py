@@ -1,7 +1,7 @@
-"""transformers `generate`: `python -m … MODE MODEL_DIR DTYPE THREADS`.
+"""transformers `generate`: `python -m … MODE MODEL_DIR DTYPE THREADS CACHE`.
 
 MODE: `sequential` (one request after the other), `static` (the burst as one batch), `dynamic` (batches of at most 8, as
-a server that collects requests makes them), `continuous` (`generate_batch`).
+a server that collects requests makes them), `continuous` (its continuous batching manager).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,8 +30,9 @@ class Stopwatch(BaseStreamer):
         if self._is_prompt:
             self._is_prompt = False
             return
-        for index in self._indices:
-            self._burst.came(index, 1, time.perf_counter() - self._start)
+        at_s = time.perf_counter() - self._start
+        for index, token_id in zip(self._indices, value.reshape(-1).tolist(), strict=True):
+            self._burst.came(index, [token_id], at_s)
 
     def end(self) -> None:
         return
@@ -50,52 +50,66 @@ def run_batches(model: Any, mode: str, burst: Burst) -> None:
     for indices in batches(mode, len(burst.prompts)):
         watch = Stopwatch(burst, indices, start)
         rows = torch.tensor([burst.prompts[i] for i in indices])
-        fixed = {"do_sample": False, "max_new_tokens": burst.max_tokens, "min_new_tokens": burst.max_tokens}
-        if len(indices) == 1:
-            model.generate(rows, attention_mask=torch.ones_like(rows), pad_token_id=0, streamer=watch, **fixed)
-        else:  # a streamer takes one sequence only: all of the batch's tokens come at its end
-            model.generate(rows, attention_mask=torch.ones_like(rows), pad_token_id=0, **fixed)
-            for index in indices:
-                burst.came(index, burst.max_tokens, time.perf_counter() - start)
+        # Without an EOS nothing ends early, and EOS stays a token like any other, as `ignore_eos` has it elsewhere.
+        fixed = {"do_sample": False, "max_new_tokens": burst.max_tokens, "eos_token_id": None, "pad_token_id": 0}
+        model.generate(rows, attention_mask=torch.ones_like(rows), streamer=watch, **fixed)
 
 
-def run_continuous(model: Any, burst: Burst) -> None:
-    """Tokens come when the whole burst is done: `generate_batch` shows no earlier ones."""
-    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+class Continuous:
+    """Continuous batching with a manager kept from burst to burst, as a server would: starting one takes seconds."""
 
-    start = time.perf_counter()
-    batching = ContinuousBatchingConfig(
-        num_blocks=256, max_batch_tokens=512, use_cuda_graph=False, use_async_batching=False
-    )
-    generation = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=burst.max_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
-    )
-    answers = model.generate_batch(
-        burst.prompts,
-        generation_config=generation,
-        continuous_batching_config=batching,
-        warmup=False,
-        progress_bar=False,
-    )
-    for index, answer in enumerate(answers.values()):
-        burst.came(index, len(answer.generated_tokens), time.perf_counter() - start)
+    def __init__(self, model: Any, cache: str) -> None:
+        from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+        batching = ContinuousBatchingConfig(
+            num_blocks=256,
+            max_batch_tokens=512,
+            use_cuda_graph=False,
+            use_async_batching=False,
+            auto_switch_to_flash=False,
+            allow_block_sharing=cache == "cache",
+        )
+        generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)  # type: ignore[no-untyped-call]
+        self._manager = model.init_continuous_batching(generation, batching)
+        self._manager.start()
+
+    def run(self, burst: Burst) -> None:
+        """Each token counts at the time the manager noted for it (its clock is ours)."""
+        start = time.perf_counter()
+        ids = self._manager.add_requests(burst.prompts, max_new_tokens=burst.max_tokens, record_timestamps=True)
+        indices = {request_id: index for index, request_id in enumerate(ids)}
+        while indices:
+            answer = self._manager.get_result(timeout=1)
+            if answer is None and not self._manager.is_running():
+                raise RuntimeError("transformers' generation thread ended")
+            if answer is None or not answer.is_finished():
+                continue
+            index = indices.pop(answer.request_id)
+            for token_id, at in zip(answer.generated_tokens, answer.timestamps, strict=True):
+                burst.came(index, [token_id], at - start)
+
+    def close(self) -> None:
+        self._manager.stop(block=True)
 
 
 @torch.inference_mode()
-def main(mode: str, model_dir: str, dtype: str, threads: str) -> None:
+def main(mode: str, model_dir: str, dtype: str, threads: str, cache: str) -> None:
     out = claim_stdout()
     torch.set_num_threads(int(threads))
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype), attn_implementation="sdpa")
-    act: Callable[[Burst], None] = (
-        (lambda burst: run_continuous(model, burst))
-        if mode == "continuous"
-        else (lambda burst: run_batches(model, mode, burst))
-    )
+    continuous = Continuous(model, cache) if mode == "continuous" else None
 
     async def run(burst: Burst) -> None:
-        act(burst)
+        if continuous is None:
+            run_batches(model, mode, burst)
+        else:
+            continuous.run(burst)
 
-    asyncio.run(converse(out, {"dtype": dtype, "mode": mode}, run))
+    try:
+        asyncio.run(converse(out, {"dtype": dtype, "mode": mode}, run))
+    finally:
+        if continuous is not None:
+            continuous.close()
 
 
 if __name__ == "__main__":

@@ -5,39 +5,41 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any, TextIO
 
 Prompts = list[list[int]]
 
 
 class Burst:
-    """One burst of requests, and when each of their tokens came. Seconds on any one clock."""
+    """One burst of requests: which tokens came for each, and when. Seconds on any one clock."""
 
     def __init__(self, prompts: Prompts, max_tokens: int) -> None:
         self.prompts = prompts
         self.max_tokens = max_tokens
         self.first_s: list[float] = [0.0] * len(prompts)
         self.last_s: list[float] = [0.0] * len(prompts)
-        self.num_tokens: list[int] = [0] * len(prompts)
+        self.tokens: Prompts = [[] for _ in prompts]
 
-    def came(self, index: int, num_tokens: int, at_s: float) -> None:
-        """Counts tokens of one request that came at `at_s` seconds after the burst's start."""
-        if not self.num_tokens[index]:
+    def came(self, index: int, token_ids: Iterable[int], at_s: float) -> None:
+        """Takes tokens of one request that came at `at_s` seconds after the burst's start."""
+        if not self.tokens[index]:
             self.first_s[index] = at_s
-        self.num_tokens[index] += num_tokens
+        self.tokens[index].extend(token_ids)
         self.last_s[index] = at_s
 
     def result(self) -> dict[str, Any]:
         """Raises ValueError when a request did not get all of its tokens."""
-        if self.num_tokens != [self.max_tokens] * len(self.prompts):
-            raise ValueError(f"asked for {self.max_tokens} tokens each, got {self.num_tokens}")
+        num_tokens = [len(token_ids) for token_ids in self.tokens]
+        if num_tokens != [self.max_tokens] * len(self.prompts):
+            raise ValueError(f"asked for {self.max_tokens} tokens each, got {num_tokens}")
         gaps = [
             (last - first) / max(1, self.max_tokens - 1) for first, last in zip(self.first_s, self.last_s, strict=True)
         ]
         return {
             "wall_s": max(self.last_s),
-            "num_tokens": sum(self.num_tokens),
+            "num_tokens": sum(num_tokens),
+            "tokens": self.tokens,
             "ttft_s": self.first_s,
             "tpot_s": gaps,
         }

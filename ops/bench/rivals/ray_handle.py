@@ -54,6 +54,7 @@ async def main(concurrency: int) -> None:
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
     try:
+        serve.start(proxy_location="Disabled")  # its HTTP proxy would take port 8000
         caller = serve.run(Caller.bind(Streamer.bind()), route_prefix=None)  # type: ignore[attr-defined]
         pids = await caller.pids.remote()
         await caller.drive.remote(concurrency)

@@ -1,4 +1,4 @@
-"""vLLM's AsyncLLM, run by the rival's own Python: `python -m ops.bench.rivals.vllm_engine MODEL_DIR DTYPE THREADS`.
+"""vLLM's AsyncLLM, by the rival's own Python: `python -m ops.bench.rivals.vllm_engine MODEL_DIR DTYPE THREADS CACHE`.
 
 This file and `ops.bench.contestants.wire` need nothing of Warmgate's environment.
 """
@@ -14,7 +14,7 @@ from typing import Any
 from ops.bench.contestants.wire import Burst, claim_stdout, converse
 
 
-async def main(model_dir: str, dtype: str, threads: str) -> None:
+async def main(model_dir: str, dtype: str, threads: str, cache: str) -> None:
     out = claim_stdout()
     os.environ.update(
         VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS=threads, HF_HUB_OFFLINE="1"
@@ -29,7 +29,7 @@ async def main(model_dir: str, dtype: str, threads: str) -> None:
         dtype=dtype,
         max_model_len=2048,
         max_num_seqs=32,
-        enable_prefix_caching=False,
+        enable_prefix_caching=cache == "cache",
         disable_log_stats=True,
         enforce_eager=os.environ.get("WARMGATE_BENCH_VLLM_EAGER", "1") == "1",
     )
@@ -47,7 +47,7 @@ async def main(model_dir: str, dtype: str, threads: str) -> None:
                 output_kind=RequestOutputKind.DELTA,
             )
             async for output in engine.generate({"prompt_token_ids": prompt}, sampling, f"{start}-{index}"):
-                burst.came(index, len(output.outputs[0].token_ids), time.perf_counter() - start)
+                burst.came(index, output.outputs[0].token_ids, time.perf_counter() - start)
 
         await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(burst.prompts)))
 

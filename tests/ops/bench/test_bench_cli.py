@@ -97,6 +97,13 @@ def test_impossible_numbers_are_exit_code_2(arguments: tuple[str, ...]) -> None:
     assert f"Invalid value for '{arguments[1]}'" in result.stderr
 
 
+@pytest.mark.parametrize("flags", [("--quick", "--record"), ("--record", "--quick")])
+def test_quick_run_is_never_recorded(flags: tuple[str, str]) -> None:
+    result = bench("gateway", *flags)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "--quick measures nothing, so there is nothing to --record" in result.stderr
+
+
 def test_model_that_is_not_here_is_exit_code_2_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WARMGATE_HOME", str(tmp_path))
     result = bench("kv", "--quick")
@@ -185,6 +192,22 @@ def test_quick_gateway_run_measures_our_ingress_and_leaves_nothing_behind(marked
         assert figures["chunks a CPU-second, all roles"]["median"] > 0
     assert found["sides"]["warmgate, paced"]["TTFT p50 ms"]["median"] > 0
     assert found["facts"]["streams at once"] == 8
+
+
+def test_benchmark_told_to_stop_ends_every_process_it_began(marked: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "ops.cli", "bench", "gateway", "--side", "warmgate"]
+    pipe = subprocess.PIPE
+    running = subprocess.Popen(command, cwd=ROOT, env=marked, stdout=pipe, stderr=pipe, text=True)
+    assert running.stderr is not None
+    for line in running.stderr:
+        if "warm-up" in line:
+            break
+    others = [p for p in psutil.process_iter() if _has_mark(p, marked[MARK]) and p.pid != running.pid]
+    assert len(others) >= 4  # two replicas, two ingresses
+    running.terminate()
+    out, err = running.communicate(timeout=60)
+    assert (running.returncode, out) == (1, "")
+    assert err.splitlines()[-1] == "error: told to stop before the measurement was complete: no figures"
 
 
 @pytest.mark.model
