@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 from configs.logs import set_log_level
 from configs.runtime import Runtime
 from configs.schema import Config
+from gateway import garbage
 
 INGRESS = "ingress"
 HEALTH_PERIOD_S = 2.0
@@ -55,6 +56,7 @@ class Ingress:
     ) -> None:
         set_log_level(config.telemetry.log_level)
         self._served = await app_factory(config, runtime)
+        garbage.settle()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._served.app

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -52,7 +52,7 @@ class FleetDispatcher:
         self.max_attempts = router.max_attempts
 
     def generate(self, job: Job) -> JobStream:
-        """See `Dispatcher.generate`. Nothing starts before the first delta is asked for."""
+        """See `Dispatcher.generate`."""
         return JobStream(self, job)
 
     def facts(self, model_id: str) -> EngineFacts | None:
@@ -79,14 +79,11 @@ class _Failure:
     final: bool
 
 
-class JobStream(AsyncIterator[StepDelta]):
-    """The deltas of one job, the terminal one last. `replica_id` is where it runs (or ran last).
+class JobStream:
+    """The deltas of one job (`gateway.types.Deltas`). `replica_id` is where it runs, or ran last."""
 
-    Raises ApiError. `aclose` ends the job wherever it stands; so does cancelling the task that waits for a delta.
-    """
-
-    __slots__ = ("_dispatcher", "_job", "_num_output", "_num_uncached", "_over", "_placement", "_source", "_ticket",
-                 "num_attempts", "replica_id")  # fmt: skip
+    __slots__ = ("_dispatcher", "_failure", "_job", "_num_output", "_num_uncached", "_over", "_placement", "_source",
+                 "_ticket", "num_attempts", "replica_id")  # fmt: skip
 
     def __init__(self, dispatcher: FleetDispatcher, job: Job) -> None:
         """For `FleetDispatcher.generate` only."""
@@ -100,28 +97,53 @@ class JobStream(AsyncIterator[StepDelta]):
         self._num_uncached = 0
         self._num_output = 0
         self._over = False
+        self._failure: ApiError | None = None
 
-    async def __anext__(self) -> StepDelta:
+    async def first(self) -> StepDelta:
+        """Queues, routes, tries; cancelled, it leaves nothing behind."""
         try:
-            if self._source is not None:
-                delta = await self._source.__anext__()
-            elif self._over:
-                raise StopAsyncIteration
-            else:
-                delta = await self._first()
-        except LinkLostError as error:
-            self._end()
-            raise ReplicaLostError(f"Replica {error.replica_id} was lost while it was answering.") from error
+            delta = await self._first()
         except BaseException:
             self._end()
             raise
-        self._num_output += len(delta.token_ids)
-        if delta.finish_reason is not None:
-            self._end()
-            fault = _fault_of(delta)
-            if fault is not None:
-                raise from_fault(fault)
+        self._count([delta])
         return delta
+
+    def ready(self) -> list[StepDelta]:
+        """See `gateway.types.Deltas.ready`."""
+        if self._failure is not None:
+            raise self._failure
+        if self._source is None:
+            return []
+        try:
+            deltas = self._source.ready()
+        except LinkLostError as error:
+            self._end()
+            raise ReplicaLostError(f"Replica {error.replica_id} was lost while it was answering.") from error
+        if deltas:
+            fault = _fault_of(deltas[-1])
+            self._count(deltas)
+            if fault is not None:
+                self._failure = from_fault(fault)
+                deltas.pop()
+                if not deltas:
+                    raise self._failure
+        return deltas
+
+    @property
+    def over(self) -> bool:
+        return self._over or (self._source is not None and self._source.over)
+
+    def listen(self, callback: Callable[[], None] | None) -> None:
+        """See `gateway.types.Deltas.listen`; only between the first delta and the last is there anything to hear."""
+        if self._source is not None:
+            self._source.listen(callback)
+
+    def _count(self, deltas: list[StepDelta]) -> None:
+        for delta in deltas:
+            self._num_output += len(delta.token_ids)
+        if deltas[-1].finish_reason is not None:
+            self._end()
 
     async def aclose(self) -> None:
         """Cancels the job unless it has ended. Idempotent."""

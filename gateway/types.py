@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from random import Random, SystemRandom
 from time import monotonic, time
@@ -62,18 +62,32 @@ class Job:
 
 
 class Deltas(Protocol):
-    """The deltas of one job, the terminal one last. `replica_id` is where it runs, None before the first delta.
+    """The deltas of one job, the terminal one last: the first is awaited, of the others `listen`'s callback tells.
 
-    Raises ApiError: before the first delta nothing was delivered and no replica still works on it; after it the
-    answer broke off. `aclose` cancels the job and is idempotent.
+    Errors are ApiErrors: before the first delta nothing was delivered and no replica still works on it; after it the
+    answer broke off, which is told after the deltas that came before. `aclose` cancels the job and is idempotent.
+    `replica_id` is where it runs, None before the first delta.
     """
 
     @property
     def replica_id(self) -> str | None: ...
 
-    def __aiter__(self) -> AsyncIterator[StepDelta]: ...
+    async def first(self) -> StepDelta:
+        """Starts the job. To be called once, before anything else."""
+        ...
 
-    def __anext__(self) -> Awaitable[StepDelta]: ...
+    def ready(self) -> list[StepDelta]:
+        """Those that have come since, without waiting for more; [] when there are none."""
+        ...
+
+    @property
+    def over(self) -> bool:
+        """Nothing more will come, but perhaps an error from the next `ready`."""
+        ...
+
+    def listen(self, callback: Callable[[], None] | None) -> None:
+        """Calls back on the event loop whenever `ready` may have something; in place of an earlier callback."""
+        ...
 
     async def aclose(self) -> None: ...
 
@@ -82,7 +96,7 @@ class Dispatcher(Protocol):
     """Queue, route, send, retry. Implemented by `gateway.dispatch`."""
 
     def generate(self, job: Job) -> Deltas:
-        """Nothing starts before the first delta is asked for."""
+        """Nothing starts before its `first`."""
         ...
 
     def facts(self, model_id: str) -> EngineFacts | None:

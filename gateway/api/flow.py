@@ -1,29 +1,47 @@
-"""The deltas of one HTTP request's jobs, in batches.
+"""The deltas of one HTTP request's jobs, in batches, and the short way from the channel to the client.
 
-Whatever is waiting is taken at once, so that an ingress that falls behind writes fewer, larger pieces (each delta still
+    channel reads a frame ─► Deltas ─► Flow ─► consume ─► written        no task wakes up for a token
+
+Whatever is there is taken at once, so that an ingress that falls behind writes fewer, larger pieces (each delta still
 its own event) instead of falling further behind.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Awaitable, Generator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Generator, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 from gateway.types import Deltas, Dispatcher, Job
 from replicas.contract import StepDelta
 
-MAX_BATCH = 64
-
 Batch: TypeAlias = list[tuple[int, StepDelta]]
 """(index of the job, its delta), each job's deltas in order."""
 
+Writing: TypeAlias = Coroutine[Any, Any, None]
+Consume: TypeAlias = Callable[[Batch], Writing | None]
+"""Takes a batch; returns what must be run before the next one, if anything."""
+
 
 class Flow(Protocol):
-    async def next(self) -> Batch:
-        """At least one delta, or [] when every job has ended. Raises what a job's iterator raises."""
+    """Errors of jobs are told after the deltas that came before them; the first one stands for all."""
+
+    async def begin(self) -> Batch:
+        """Starts the jobs; at least one delta. To be called once. Raises what a job raises."""
+        ...
+
+    def ready(self) -> Batch:
+        """What has come since, without waiting; [] when there is nothing. Raises what a job raises."""
+        ...
+
+    @property
+    def over(self) -> bool:
+        """Nothing more will come, but perhaps an error from the next `ready`."""
+        ...
+
+    def listen(self, callback: Callable[[], None] | None) -> None:
+        """Calls back whenever `ready` may have something."""
         ...
 
     def replica_ids(self) -> list[str]:
@@ -36,14 +54,31 @@ class Flow(Protocol):
 
 
 def open_flow(dispatcher: Dispatcher, jobs: Sequence[Job]) -> Flow:
-    """Starts nothing before the first `next`."""
-    if len(jobs) == 1:
-        return SingleFlow(dispatcher.generate(jobs[0]))
-    return MergedFlow([dispatcher.generate(job) for job in jobs])
+    """Starts nothing before `begin`."""
+    streams = [dispatcher.generate(job) for job in jobs]
+    return SingleFlow(streams[0]) if len(streams) == 1 else MergedFlow(streams)
+
+
+async def relay(flow: Flow, consume: Consume) -> None:
+    """Gives all that comes after `begin` to `consume`, from the callback that brings it; returns at the end.
+
+    The task that calls this wakes up when a write has to wait (a client that reads slowly), at the end, and for errors.
+    Raises what jobs and `consume` raise.
+    """
+    while True:
+        while batch := flow.ready():
+            writing = consume(batch)
+            if writing is not None:
+                await writing
+        if flow.over:
+            return
+        interrupted = await _Tap(flow, consume).run()
+        if interrupted is not None:
+            await interrupted
 
 
 class _Suspended:
-    """A step of an iterator that has to wait: awaiting it carries the step on from where it stands.
+    """A coroutine that was begun outside a task and has to wait: awaiting it carries it on from where it stands.
 
     `__await__` hands the future it waits for to the event loop, then passes results and exceptions back in: what
     `await` itself does, begun in the middle.
@@ -51,11 +86,11 @@ class _Suspended:
 
     __slots__ = ("_step", "_waits_for")
 
-    def __init__(self, step: Generator[Any, Any, StepDelta], waits_for: Any) -> None:
+    def __init__(self, step: Writing, waits_for: Any) -> None:
         self._step = step
         self._waits_for = waits_for
 
-    def __await__(self) -> Generator[Any, Any, StepDelta]:
+    def __await__(self) -> Generator[Any, Any, None]:
         waits_for = self._waits_for
         while True:
             thrown: BaseException | None = None
@@ -66,114 +101,153 @@ class _Suspended:
                 thrown = error
             try:
                 waits_for = self._step.send(value) if thrown is None else self._step.throw(thrown)
-            except StopIteration as done:
-                result: StepDelta = done.value
-                return result
-
-    async def cancel(self) -> None:
-        """Ends the step as a cancelled task would, and waits until its `finally` blocks are through."""
-        with suppress(asyncio.CancelledError, StopAsyncIteration):
-            try:
-                self._waits_for = self._step.throw(asyncio.CancelledError())
             except StopIteration:
                 return
-            await self
+
+
+class _Tap:
+    """Consumes a flow from its callback until it ends, fails, or a write has to wait."""
+
+    __slots__ = ("_consume", "_done", "_flow")
+
+    def __init__(self, flow: Flow, consume: Consume) -> None:
+        self._flow = flow
+        self._consume = consume
+        self._done: asyncio.Future[_Suspended | Exception | None] = asyncio.get_running_loop().create_future()
+
+    async def run(self) -> _Suspended | None:
+        """The write to be awaited, None at the end."""
+        self._flow.listen(self._came)
+        try:
+            outcome = await self._done
+        finally:
+            self._flow.listen(None)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def _came(self) -> None:
+        if self._done.done():  # the task is about to wake up
+            return
+        try:
+            batch = self._flow.ready()
+            if batch:
+                writing = self._consume(batch)
+                if writing is not None:
+                    try:
+                        waits_for = writing.send(None)
+                    except StopIteration:  # written: the common case
+                        pass
+                    else:
+                        self._done.set_result(_Suspended(writing, waits_for))
+                        return
+            if self._flow.over:
+                self._done.set_result(None)
+        except Exception as error:
+            self._done.set_result(error)
 
 
 class SingleFlow:
-    """One job's iterator, no task of its own. After the delta it waited for, it takes those that are there already:
-    it runs the iterator's next step until that would wait, and keeps the suspended step for the next call."""
+    """One job: nothing between its deltas and who consumes them."""
 
     def __init__(self, deltas: Deltas) -> None:
         self._deltas = deltas
-        self._suspended: _Suspended | None = None
-        self._end: Exception | None = None
+        self.listen = deltas.listen
 
-    async def next(self) -> Batch:
-        batch: Batch = []
-        if self._end is None:
-            try:
-                await self._fill(batch)
-            except Exception as end:  # told after the deltas that came before it
-                self._end = end
-        if self._end is not None and not batch and not isinstance(self._end, StopAsyncIteration):
-            raise self._end
-        return batch
+    async def begin(self) -> Batch:
+        return [(0, await self._deltas.first())]
+
+    def ready(self) -> Batch:
+        return [(0, delta) for delta in self._deltas.ready()]
+
+    @property
+    def over(self) -> bool:
+        return self._deltas.over
 
     def replica_ids(self) -> list[str]:
         return _replica_ids([self._deltas])
 
-    async def _fill(self, batch: Batch) -> None:
-        suspended, self._suspended = self._suspended, None
-        batch.append((0, await (suspended or self._deltas.__anext__())))
-        while len(batch) < MAX_BATCH:
-            step = _steps(self._deltas.__anext__())
-            try:
-                waits_for = step.send(None)
-            except StopIteration as done:
-                batch.append((0, done.value))
-            else:
-                self._suspended = _Suspended(step, waits_for)
-                return
-
     async def aclose(self) -> None:
-        suspended, self._suspended = self._suspended, None
-        if suspended is not None:
-            await suspended.cancel()
-        if self._end is None:
-            await self._deltas.aclose()
+        await self._deltas.aclose()
 
 
 class MergedFlow:
-    """Several jobs' iterators, a task each. The first error ends all of them."""
+    """Several jobs, a task each until its first delta. The first error ends all of them."""
 
     def __init__(self, streams: Sequence[Deltas]) -> None:
         self._streams = streams
-        self._waiting: deque[tuple[int, StepDelta]] = deque()
-        self._news = asyncio.Event()
-        self._error: BaseException | None = None
+        self._firsts: Batch = []
+        self._news: dict[int, None] = {}  # jobs that may have something, in the order they said so
+        self._error: Exception | None = None
         self._num_open = len(streams)
+        self._callback: Callable[[], None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def next(self) -> Batch:
-        if not self._tasks:
-            self._tasks = [asyncio.create_task(self._pump(i, s)) for i, s in enumerate(self._streams)]
-        while self._error is None and not self._waiting and self._num_open:
-            self._news.clear()
-            await self._news.wait()
-        if self._error is not None:
-            for task in self._tasks:
-                task.cancel()
-            if not self._waiting:  # told after the deltas that came before it
-                raise self._error
-        batch: Batch = []
-        while self._waiting and len(batch) < MAX_BATCH:
-            batch.append(self._waiting.popleft())
+    async def begin(self) -> Batch:
+        begun = asyncio.Event()
+        self.listen(begun.set)
+        self._tasks = [asyncio.create_task(self._begin(i, s)) for i, s in enumerate(self._streams)]
+        await begun.wait()
+        self.listen(None)
+        return self.ready()
+
+    def ready(self) -> Batch:
+        batch, self._firsts = self._firsts, []
+        news, self._news = self._news, {}
+        for index in news:
+            stream = self._streams[index]
+            try:
+                while deltas := stream.ready():
+                    batch += [(index, delta) for delta in deltas]
+            except Exception as error:
+                self._failed(error)
+            else:
+                self._num_open -= stream.over
+        if self._error is not None and not batch:
+            raise self._error
         return batch
+
+    @property
+    def over(self) -> bool:
+        return self._error is not None or (not self._num_open and not self._firsts)
+
+    def listen(self, callback: Callable[[], None] | None) -> None:
+        self._callback = callback
+
+    def replica_ids(self) -> list[str]:
+        return _replica_ids(self._streams)
 
     async def aclose(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for stream in self._streams:
+            await stream.aclose()
 
-    def replica_ids(self) -> list[str]:
-        return _replica_ids(self._streams)
-
-    async def _pump(self, index: int, deltas: Deltas) -> None:
+    async def _begin(self, index: int, stream: Deltas) -> None:
         try:
-            async for delta in deltas:
-                self._waiting.append((index, delta))
-                self._news.set()
+            first = await stream.first()
         except Exception as error:
-            self._error = self._error or error
-        finally:
-            await deltas.aclose()
-            self._num_open -= 1
-            self._news.set()
+            self._failed(error)
+        else:
+            self._firsts.append((index, first))
+            stream.listen(partial(self._came, index))
+            self._news[index] = None
+        self._tell()
 
+    def _came(self, index: int) -> None:
+        self._news[index] = None
+        self._tell()
 
-def _steps(awaitable: Awaitable[StepDelta]) -> Generator[Any, Any, StepDelta]:
-    return awaitable.__await__()
+    def _tell(self) -> None:
+        if self._callback is not None:
+            self._callback()
+
+    def _failed(self, error: Exception) -> None:
+        self._error = self._error or error
+        for task in self._tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
 
 
 def _replica_ids(streams: Sequence[Deltas]) -> list[str]:

@@ -18,7 +18,7 @@ from gateway.api.answer import Call, Choice, Identity, Meter
 from gateway.api.chunks import Chunks
 from gateway.api.exchange import ClientGoneError, Exchange, Header, as_api_error
 from gateway.api.fields import Body, ignored_header
-from gateway.api.flow import Flow, open_flow
+from gateway.api.flow import Batch, Flow, Writing, open_flow, relay
 from gateway.api.sampling import Limits, SamplingFields, choice_seed
 from gateway.errors import BadRequestError, UnavailableError
 from gateway.prompt import Prompter
@@ -144,23 +144,33 @@ class Generation(Generic[F]):
     async def _stream(self, flow: Flow, meter: Meter, call: Call, identity: Identity) -> None:
         exchange = meter.exchange
         chunks = self._route.chunks(call, identity, meter)
-        while batch := await flow.next():
+
+        def events(batch: Batch) -> Writing | None:
             meter.take(batch)
             written = chunks.write(batch)
-            if not exchange.started:
-                exchange.extra_headers += self._answered_by(flow)
-                await exchange.start(200, sse.HEADERS)
-            if written:
-                await exchange.write(written)
+            return exchange.write(written) if written else None
+
+        batch = await flow.begin()
+        meter.take(batch)
+        opening = chunks.write(batch)
+        exchange.extra_headers += self._answered_by(flow)
+        await exchange.start(200, sse.HEADERS)
+        if opening:
+            await exchange.write(opening)
+        await relay(flow, events)
         meter.check_complete()
         await exchange.end(chunks.closing())
 
     async def _collect(self, flow: Flow, meter: Meter, call: Call, identity: Identity) -> None:
         choices = [Choice(prompt) for prompt in call.prompts for _ in range(call.num_generated)]
-        while batch := await flow.next():
+
+        def take(batch: Batch) -> None:
             meter.take(batch)
             for index, delta in batch:
                 choices[index].take(delta)
+
+        take(await flow.begin())
+        await relay(flow, take)
         meter.check_complete()
         body = self._route.whole(call, identity, _best(choices, call))
         body["usage"] = meter.usage()

@@ -124,11 +124,13 @@ async def _replica(config: Config, runtime: Runtime, name: str) -> None:
 
 
 async def _ingress(config: Config, runtime: Runtime) -> None:
+    from gateway import garbage
     from gateway.compose import serve_gateway
 
     composed = await serve_gateway(config, runtime)
     while composed.fleet.num_ready(MODEL) < config.groups[0].replicas:
         await composed.fleet.change()
+    garbage.settle()
     async with serve_asgi(composed.app) as served:
         click.echo(str(served.port))
         await _told_to_stop()

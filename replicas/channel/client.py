@@ -49,12 +49,13 @@ class LinkOptions(ChannelOptions):
 
 
 class DeltaStream(AsyncIterator[StepDelta]):
-    """One attempt's deltas, the terminal one last; for one reader.
+    """One attempt's deltas, the terminal one last; for one reader, who awaits each, or takes those that are `ready`
+    when `listen`'s callback says so.
 
     Raises LinkLostError after the deltas that had arrived. `cancel` ends it without a terminal delta.
     """
 
-    __slots__ = ("_deltas", "_error", "_link", "_over", "_paused", "_waiter", "attempt", "request_id")
+    __slots__ = ("_callback", "_deltas", "_error", "_link", "_over", "_paused", "_waiter", "attempt", "request_id")
 
     def __init__(self, link: ReplicaLink, request: GenerateRequest) -> None:
         self.request_id = request.request_id
@@ -62,6 +63,7 @@ class DeltaStream(AsyncIterator[StepDelta]):
         self._link = link
         self._deltas: deque[StepDelta] = deque()
         self._waiter: asyncio.Future[None] | None = None
+        self._callback: Callable[[], None] | None = None
         self._error: LinkLostError | None = None
         self._paused = False
         self._over = False
@@ -79,25 +81,48 @@ class DeltaStream(AsyncIterator[StepDelta]):
             if self._over:
                 raise StopAsyncIteration
             assert self._waiter is None, f"two readers of stream {self.request_id}"
-            self._waiter = asyncio.get_running_loop().create_future()
+            self._waiter = self._link.new_future()
             try:
                 await self._waiter
             finally:
                 self._waiter = None
         delta = self._deltas.popleft()
+        self._taken()
+        return delta
+
+    def ready(self) -> list[StepDelta]:
+        """All that have arrived and were not read; [] when there are none, and after the end."""
+        if not self._deltas:
+            if self._error is not None:
+                raise self._error
+            return []
+        deltas = list(self._deltas)
+        self._deltas.clear()
+        self._taken()
+        return deltas
+
+    @property
+    def over(self) -> bool:
+        """Nothing more will arrive."""
+        return self._over
+
+    def listen(self, callback: Callable[[], None] | None) -> None:
+        """Calls back once for each read from the socket that brought something (or the end)."""
+        self._callback = callback
+
+    def _taken(self) -> None:
         if self._paused and len(self._deltas) <= self._link.options.low_water:
             self._paused = False
             self._link.send(Resume(self.request_id, self.attempt))
-        return delta
 
     def _push(self, delta: StepDelta) -> None:
+        """Keeps a delta until it is read; `_wake` tells."""
         self._deltas.append(delta)
         if delta.finish_reason is not None:
             self._over, self._paused = True, False
         elif len(self._deltas) > self._link.options.high_water and not self._paused:
             self._paused = True
             self._link.send(Pause(self.request_id, self.attempt))
-        self._wake()
 
     def _end(self, error: LinkLostError | None = None) -> None:
         self._over = True
@@ -106,7 +131,9 @@ class DeltaStream(AsyncIterator[StepDelta]):
         self._wake()
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
+        if self._callback is not None:
+            self._callback()
+        elif self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
 
@@ -124,8 +151,11 @@ class ReplicaLink:
         self.stats_at = options.clock()
         self.options = options
         self.num_stale_deltas = 0
+        # Asking for the running loop costs a system call (CPython 3.11 checks its pid): not once a token.
+        self.new_future: Callable[[], asyncio.Future[None]] = asyncio.get_running_loop().create_future
         self._connection = connection
         self._streams: dict[str, DeltaStream] = {}
+        self._touched: dict[DeltaStream, None] = {}  # have news since the last turn of the socket
         self._closed = False
 
     @classmethod
@@ -228,6 +258,12 @@ class ReplicaLink:
                 if delta.finish_reason is not None:
                     del self._streams[delta.request_id]
                 stream._push(delta)
+                self._touched[stream] = None
+
+    def read(self) -> None:
+        touched, self._touched = self._touched, {}
+        for stream in touched:
+            stream._wake()
         self.options.on_stats(self)
 
     def lost(self, reason: str) -> None:

@@ -39,6 +39,10 @@ class LinkEvents(Protocol):
 
     def received(self, frame: ReplicaFrame) -> None: ...
 
+    def read(self) -> None:
+        """All frames of one read from the socket were received."""
+        ...
+
     def lost(self, reason: str) -> None: ...
 
 
@@ -75,6 +79,10 @@ class LinkConnection(FrameProtocol):
             self._link.received(decode_replica(payload))
         elif not self.welcome.done():
             self._greet(payload)
+
+    def on_read(self) -> None:
+        if self._link is not None and self.lost_reason is None:
+            self._link.read()
 
     def _greet(self, payload: memoryview) -> None:
         greeting = decode_greeting(payload)

@@ -65,6 +65,9 @@ class FrameProtocol(asyncio.Protocol):
         """Handles one frame; `payload` is valid during the call. msgspec errors mean a protocol error."""
         raise NotImplementedError
 
+    def on_read(self) -> None:
+        """Every whole frame of one read was handled."""
+
     def on_writable(self) -> None:
         """The peer reads again."""
 
@@ -117,10 +120,11 @@ class FrameProtocol(asyncio.Protocol):
             used = self._cut(data)  # the common case: whole frames, cut without a copy
             if used < len(data):
                 self._partial += memoryview(data)[used:]
-            return
-        self._partial += data
-        used = self._cut(self._partial)
-        del self._partial[:used]
+        else:
+            self._partial += data
+            used = self._cut(self._partial)
+            del self._partial[:used]
+        self.on_read()
 
     def pause_writing(self) -> None:
         self.writable = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from random import Random
 
 import msgspec
@@ -45,6 +45,32 @@ class ScriptedSource(AsyncIterator[StepDelta]):
         self.cancelled = False
         self._words: asyncio.Queue[StepDelta | Exception] = asyncio.Queue()
         self._over = False
+        self._callback: Callable[[], None] | None = None
+
+    def ready(self) -> list[StepDelta]:
+        deltas: list[StepDelta] = []
+        while not self._words.empty():
+            word = self._words.get_nowait()
+            if isinstance(word, StepDelta):
+                deltas.append(word)
+            elif deltas:
+                self._words.put_nowait(word)  # nothing comes after an error
+                break
+            else:
+                raise word
+        return deltas
+
+    @property
+    def over(self) -> bool:
+        return self._over
+
+    def listen(self, callback: Callable[[], None] | None) -> None:
+        self._callback = callback
+
+    def _put(self, word: StepDelta | Exception) -> None:
+        self._words.put_nowait(word)
+        if self._callback is not None:
+            self._callback()
 
     async def __anext__(self) -> StepDelta:
         word = await self._words.get()
@@ -59,17 +85,17 @@ class ScriptedSource(AsyncIterator[StepDelta]):
         self._over = finish is not None
         delta = StepDelta(self.request.request_id, self.request.attempt, token_ids, finish_reason=finish)  # type: ignore[arg-type]
         delta.num_cached_tokens = cached
-        self._words.put_nowait(delta)
+        self._put(delta)
 
     def fault(self, code: str, *, retryable: bool = False) -> None:
         self._over = True
         fault = Fault(code, f"the replica says {code}", retryable)
         delta = StepDelta(self.request.request_id, self.request.attempt, finish_reason="error", fault=fault)
-        self._words.put_nowait(delta)
+        self._put(delta)
 
     def lose(self, replica_id: str) -> None:
         self._over = True
-        self._words.put_nowait(LinkLostError(replica_id, "scripted"))
+        self._put(LinkLostError(replica_id, "scripted"))
 
 
 class ScriptedLink:

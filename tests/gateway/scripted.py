@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -21,6 +21,7 @@ from gateway.tenancy import Tenants
 from gateway.types import Gateway, Job
 from ops.metrics import Metrics
 from replicas.contract import EngineFacts, StepDelta, TokenLogprob, unpack_tokens
+from tests.gateway.deltas import PumpedDeltas
 
 Step: TypeAlias = StepDelta | float | Exception | asyncio.Event
 Script: TypeAlias = Callable[[Job], Iterable[Step]]
@@ -54,24 +55,6 @@ def spoken(job: Job, words: Iterable[str] = WORDS, finish: str = "stop") -> list
     return [*deltas, StepDelta(job.request_id, finish_reason=finish)]
 
 
-class ScriptedDeltas:
-    """What a scripted job says (`gateway.types.Deltas`)."""
-
-    replica_id = "scripted-0"
-
-    def __init__(self, deltas: AsyncGenerator[StepDelta, None]) -> None:
-        self._deltas = deltas
-
-    def __aiter__(self) -> AsyncIterator[StepDelta]:
-        return self._deltas
-
-    def __anext__(self) -> Awaitable[StepDelta]:
-        return self._deltas.__anext__()
-
-    async def aclose(self) -> None:
-        await self._deltas.aclose()
-
-
 class ScriptedDispatcher:
     """Plays a script per job; remembers the jobs, which of them were cancelled, and which ended."""
 
@@ -83,8 +66,8 @@ class ScriptedDispatcher:
         self.ended: list[str] = []
         self.ready = 1
 
-    def generate(self, job: Job) -> ScriptedDeltas:
-        return ScriptedDeltas(self._play(job))
+    def generate(self, job: Job) -> PumpedDeltas:
+        return PumpedDeltas(self._play(job))
 
     async def _play(self, job: Job) -> AsyncGenerator[StepDelta, None]:
         self.jobs.append(job)

@@ -182,7 +182,8 @@ async def test_a_choice_that_fails_before_anything_was_sent_fails_the_request_an
 
     answer, served = await ask(CHAT, {**HI, "n": 3, "stream": True}, script)
     assert (answer.status_code, answer.json()["error"]["code"]) == (502, "replica_lost")
-    assert {job_id[-1] for job_id in served.dispatcher.cancelled} == {"0", "2"}
+    begun = {job.request_id for job in served.dispatcher.jobs}
+    assert {job_id for job_id in begun if job_id[-1] != "1"} == set(served.dispatcher.cancelled) != set()
     assert len(served.ledger.records) == 1
 
 

@@ -237,22 +237,6 @@ async def test_a_client_that_goes_away_while_sending_leaves_a_record_and_no_job(
     assert served.dispatcher.jobs == []
 
 
-async def test_deltas_that_wait_for_a_slow_loop_leave_in_one_write() -> None:
-    def script(job: Any) -> Iterable[Step]:
-        yield from (StepDelta(job.request_id, token_ids=(65,), text="A") for _ in range(10))
-        yield 0.05
-        yield from spoken(job, ["B"])
-
-    async with listening(serve(script)) as port:
-        reader, writer = await send_chat(port, stream=True)
-        await reader.readuntil(b"\r\n\r\n")
-        size = int(await reader.readline(), 16)
-        first = await reader.readexactly(size)
-        writer.close()
-    assert first.count(b'{"content":"A"}') == 10
-    assert first.count(b"data: ") == 11
-
-
 async def test_connections_are_kept_for_the_next_request() -> None:
     async with listening(serve()) as port:
         reader, writer = await send_chat(port, stream=True)

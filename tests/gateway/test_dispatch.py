@@ -19,6 +19,7 @@ from gateway.errors import (
     UnavailableError,
 )
 from replicas.contract import StepDelta
+from tests.gateway.deltas import each
 from tests.gateway.links import ScriptedLink, ScriptedSource, World, job, settle
 
 
@@ -32,7 +33,7 @@ class Reader:
 
     async def _read(self) -> None:
         try:
-            async for delta in self.stream:
+            async for delta in each(self.stream):
                 self.deltas.append(delta)
         finally:
             await self.stream.aclose()
@@ -72,7 +73,7 @@ async def test_a_job_runs_to_its_end_and_gives_everything_back() -> None:
     assert (reader.stream.replica_id, reader.stream.num_attempts) == ("a", 1)
     assert not source.cancelled
     assert world.fleet.states("m")[0].num_sent == 0
-    assert [delta async for delta in reader.stream] == []
+    assert reader.stream.ready() == [] and reader.stream.over
     await world.close()
 
 
@@ -308,7 +309,7 @@ async def test_a_stream_closed_before_it_began_does_nothing() -> None:
     (a,) = await world.replicas("a")
     stream = world.dispatcher.generate(job())
     await stream.aclose()
-    assert [delta async for delta in stream] == []
+    assert stream.ready() == [] and stream.over
     assert not a.sources
     await world.close()
 

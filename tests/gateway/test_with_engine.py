@@ -17,7 +17,8 @@ from replicas.contract import EngineFacts, GenerateRequest
 from replicas.detokenize import TextEngine
 from replicas.local import LocalEngine
 from replicas.sim_engine import sim_engine
-from tests.gateway.scripted import Options, ScriptedDeltas, serve
+from tests.gateway.deltas import PumpedDeltas
+from tests.gateway.scripted import Options, serve
 from tests.gateway.sse_reader import events
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -31,11 +32,11 @@ class EngineDispatcher:
     def __init__(self, local: LocalEngine) -> None:
         self._local = local
 
-    def generate(self, job: Job) -> ScriptedDeltas:
+    def generate(self, job: Job) -> PumpedDeltas:
         request = GenerateRequest(
             request_id=job.request_id, prompt=job.prompt, sampling=job.sampling, salt=job.salt, priority=job.priority
         )
-        return ScriptedDeltas(self._local.stream(request))
+        return PumpedDeltas(self._local.stream(request))
 
     def facts(self, model_id: str) -> EngineFacts | None:
         return self._local.facts

@@ -198,6 +198,39 @@ async def test_merged_deltas_keep_logprobs_and_the_fault(unix: Pair) -> None:
     assert len(deltas) == 2
 
 
+async def test_a_listener_is_told_once_of_all_that_one_read_brought(unix: Pair) -> None:
+    link = await unix.link()
+    stream = link.open(request("r"))
+    await until(lambda: unix.engine.open)
+    told: list[list[int]] = []
+    stream.listen(lambda: told.append([token_id for delta in stream.ready() for token_id in delta.token_ids]))
+    write = counting(9)
+    for _ in range(5):
+        unix.engine.step(write)  # five frames, written before the other end can read
+    await until(lambda: told)
+    assert told == [[0, 1, 2, 3, 4]] and not stream.over
+    for _ in range(4):
+        unix.engine.step(write)
+    await until(lambda: stream.over)
+    assert told == [[0, 1, 2, 3, 4], [5, 6, 7, 8]]
+    assert stream.ready() == []
+
+
+async def test_a_listener_is_told_when_the_link_is_lost(unix: Pair) -> None:
+    link = await unix.link()
+    stream = link.open(request("r"))
+    await until(lambda: unix.engine.open)
+    told: list[None] = []
+    stream.listen(lambda: told.append(None))
+    for connection in unix.server._connections:
+        connection.transport.abort()
+    await until(lambda: told)
+    assert stream.over
+    with pytest.raises(LinkLostError):
+        while stream.ready():
+            pass
+
+
 async def test_frames_of_an_older_attempt_are_dropped_on_both_sides(unix: Pair) -> None:
     link = await unix.link()
     old = link.open(request("r", attempt=1))
