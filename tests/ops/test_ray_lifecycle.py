@@ -57,6 +57,18 @@ def test_an_instance_beside_another_drains_at_sigterm_and_leaves_no_process(stac
     assert stack.chat().status_code == 200
 
 
+def test_a_stream_longer_than_the_drain_ends_in_an_error_event(second):
+    other = second("ray.drain_s=2", "groups.0.engine.sim.step_base_s=0.05")
+    other.wait_ready()
+    with other.stream(max_tokens=2000, ignore_eos=True) as payloads:
+        next(payloads)
+        other.process.send_signal(signal.SIGTERM)
+        received = list(payloads)
+    assert "[DONE]" not in received
+    assert json.loads(received[-1])["error"]["code"] == "replica_lost"
+    assert other.process.wait(30) == 0
+
+
 def test_nothing_outlives_a_supervisor_that_was_killed(second):
     other = second()
     other.wait_ready()
