@@ -119,7 +119,8 @@ class JobStream:
             deltas = self._source.ready()
         except LinkLostError as error:
             self._end()
-            raise ReplicaLostError(f"Replica {error.replica_id} was lost while it was answering.") from error
+            self._failure = ReplicaLostError(f"Replica {error.replica_id} was lost while it was answering.")
+            raise self._failure from error
         if deltas:
             fault = _fault_of(deltas[-1])
             self._count(deltas)
@@ -154,7 +155,9 @@ class JobStream:
         if self._over:
             return
         self._over = True
-        self._source = None
+        if self._source is not None:
+            self._source.listen(None)  # no cycle of references is left to the collector
+            self._source = None
         if self._placement is not None:
             self._placement.close()
         if self._ticket is not None:

@@ -82,7 +82,7 @@ class Deltas(Protocol):
 
     @property
     def over(self) -> bool:
-        """Nothing more will come, but perhaps an error from the next `ready`."""
+        """Nothing more will come than the next `ready` gives or raises."""
         ...
 
     def listen(self, callback: Callable[[], None] | None) -> None:

@@ -1,4 +1,4 @@
-"""The deltas of one HTTP request's jobs, in batches, and the short way from the channel to the client.
+"""The deltas of one HTTP request's jobs, in batches, on the short way to the client.
 
     channel reads a frame ─► Deltas ─► Flow ─► consume ─► written        no task wakes up for a token
 
@@ -37,7 +37,7 @@ class Flow(Protocol):
 
     @property
     def over(self) -> bool:
-        """Nothing more will come, but perhaps an error from the next `ready`."""
+        """Nothing more will come than the next `ready` gives or raises."""
         ...
 
     def listen(self, callback: Callable[[], None] | None) -> None:
@@ -72,9 +72,9 @@ async def relay(flow: Flow, consume: Consume) -> None:
                 await writing
         if flow.over:
             return
-        interrupted = await _Tap(flow, consume).run()
-        if interrupted is not None:
-            await interrupted
+        waiting = await _Tap(flow, consume).run()
+        if waiting is not None:
+            await waiting
 
 
 class _Suspended:
@@ -103,48 +103,66 @@ class _Suspended:
                 waits_for = self._step.send(value) if thrown is None else self._step.throw(thrown)
             except StopIteration:
                 return
+            finally:
+                del thrown  # its traceback holds this frame
+
+    def close(self) -> None:
+        """Ends it where it stands."""
+        self._step.close()
 
 
 class _Tap:
     """Consumes a flow from its callback until it ends, fails, or a write has to wait."""
 
-    __slots__ = ("_consume", "_done", "_flow")
+    __slots__ = ("_consume", "_done", "_error", "_flow", "_waiting")
 
     def __init__(self, flow: Flow, consume: Consume) -> None:
         self._flow = flow
         self._consume = consume
-        self._done: asyncio.Future[_Suspended | Exception | None] = asyncio.get_running_loop().create_future()
+        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting: _Suspended | None = None
+        self._error: BaseException | None = None
 
     async def run(self) -> _Suspended | None:
         """The write to be awaited, None at the end."""
         self._flow.listen(self._came)
         try:
-            outcome = await self._done
+            await self._done
+        except asyncio.CancelledError:
+            if self._waiting is not None:
+                self._waiting.close()
+            raise
         finally:
             self._flow.listen(None)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
+        try:
+            if self._error is not None:
+                raise self._error
+        finally:
+            self._error = None  # it holds this frame
+        return self._waiting
 
     def _came(self) -> None:
         if self._done.done():  # the task is about to wake up
             return
         try:
-            batch = self._flow.ready()
-            if batch:
-                writing = self._consume(batch)
-                if writing is not None:
-                    try:
-                        waits_for = writing.send(None)
-                    except StopIteration:  # written: the common case
-                        pass
-                    else:
-                        self._done.set_result(_Suspended(writing, waits_for))
-                        return
-            if self._flow.over:
-                self._done.set_result(None)
-        except Exception as error:
-            self._done.set_result(error)
+            through = self._consume_what_came()
+        except (Exception, asyncio.CancelledError) as error:  # the channel that called must go on
+            self._error = error
+            through = True
+        if through:
+            self._done.set_result(None)
+
+    def _consume_what_came(self) -> bool:
+        """Whether the task must go on: a write waits, or nothing more will come."""
+        batch = self._flow.ready()
+        writing = self._consume(batch) if batch else None
+        if writing is not None:
+            try:
+                self._waiting = _Suspended(writing, writing.send(None))
+                return True
+            except StopIteration:  # written: the common case
+                pass
+        return self._flow.over
 
 
 class SingleFlow:
@@ -179,6 +197,7 @@ class MergedFlow:
         self._firsts: Batch = []
         self._news: dict[int, None] = {}  # jobs that may have something, in the order they said so
         self._error: Exception | None = None
+        self._told_last = False
         self._num_open = len(streams)
         self._callback: Callable[[], None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -192,6 +211,8 @@ class MergedFlow:
         return self.ready()
 
     def ready(self) -> Batch:
+        if self._error is not None and self._told_last:
+            raise self._error
         batch, self._firsts = self._firsts, []
         news, self._news = self._news, {}
         for index in news:
@@ -203,13 +224,15 @@ class MergedFlow:
                 self._failed(error)
             else:
                 self._num_open -= stream.over
-        if self._error is not None and not batch:
-            raise self._error
+        if self._error is not None:
+            if not batch:
+                raise self._error
+            self._told_last = True  # what the other jobs still say would be for nobody
         return batch
 
     @property
     def over(self) -> bool:
-        return self._error is not None or (not self._num_open and not self._firsts)
+        return self._error is not None or not self._num_open
 
     def listen(self, callback: Callable[[], None] | None) -> None:
         self._callback = callback
@@ -220,9 +243,11 @@ class MergedFlow:
     async def aclose(self) -> None:
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for stream in self._streams:
-            await stream.aclose()
+        try:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        finally:  # a second cancellation must not keep the replicas at work
+            for stream in self._streams:
+                await stream.aclose()
 
     async def _begin(self, index: int, stream: Deltas) -> None:
         try:

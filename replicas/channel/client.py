@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from replicas.channel.frames import (
 from replicas.channel.transport import ChannelOptions
 from replicas.contract import EngineFacts, EngineStats, GenerateRequest, StepDelta
 
+log = logging.getLogger(__name__)
+
 CLOSE_S = 1.0
 """How long `close` lets unsent frames go out."""
 
@@ -35,8 +38,8 @@ def _ignore(link: ReplicaLink) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkOptions(ChannelOptions):
-    """`on_stats(link)` after each change of `link.stats`; `on_lost(link)` once, when the link dies by itself (not by
-    `close`), after its streams were told.
+    """`on_stats(link)` once for each read that changed `link.stats`; `on_lost(link)` once, when the link dies by itself
+    (not by `close`), before its streams hear of it.
 
     A reader with more than `high_water` deltas unread makes its stream pause at the replica, which goes on once it
     has `low_water` or fewer.
@@ -103,7 +106,7 @@ class DeltaStream(AsyncIterator[StepDelta]):
 
     @property
     def over(self) -> bool:
-        """Nothing more will arrive."""
+        """Nothing more will arrive; what has arrived may still be unread."""
         return self._over
 
     def listen(self, callback: Callable[[], None] | None) -> None:
@@ -132,7 +135,10 @@ class DeltaStream(AsyncIterator[StepDelta]):
 
     def _wake(self) -> None:
         if self._callback is not None:
-            self._callback()
+            try:
+                self._callback()
+            except Exception:  # our bug, but the link's other streams must hear their news
+                log.exception("the listener of %s failed", self.request_id)
         elif self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -260,15 +266,19 @@ class ReplicaLink:
                 stream._push(delta)
                 self._touched[stream] = None
 
-    def read(self) -> None:
-        touched, self._touched = self._touched, {}
-        for stream in touched:
-            stream._wake()
+    def read_done(self) -> None:
+        self._tell()
         self.options.on_stats(self)
 
     def lost(self, reason: str) -> None:
+        if not self._closed:
+            self.options.on_lost(self)
+        self._tell()  # a stream that ended in this very read is in none of those below
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream._end(LinkLostError(self.replica_id, reason))
-        if not self._closed:
-            self.options.on_lost(self)
+
+    def _tell(self) -> None:
+        touched, self._touched = self._touched, {}
+        for stream in touched:
+            stream._wake()

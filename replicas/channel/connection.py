@@ -39,7 +39,7 @@ class LinkEvents(Protocol):
 
     def received(self, frame: ReplicaFrame) -> None: ...
 
-    def read(self) -> None:
+    def read_done(self) -> None:
         """All frames of one read from the socket were received."""
         ...
 
@@ -82,7 +82,7 @@ class LinkConnection(FrameProtocol):
 
     def on_read(self) -> None:
         if self._link is not None and self.lost_reason is None:
-            self._link.read()
+            self._link.read_done()
 
     def _greet(self, payload: memoryview) -> None:
         greeting = decode_greeting(payload)

@@ -36,7 +36,7 @@ class ChannelOptions:
 
 class FrameProtocol(asyncio.Protocol):
     """One side of a connection. A subclass says what frames mean: `on_connected`, `on_frame`, `on_writable`,
-    `on_lost` (exactly once) and `heartbeat`.
+    `on_lost` (exactly once), `heartbeat`, and perhaps `on_read`.
 
     `writable` turns False when the peer does not read; `lost_reason` is set once the connection is of no more use,
     `closed` once its socket is gone.
@@ -124,7 +124,8 @@ class FrameProtocol(asyncio.Protocol):
             self._partial += data
             used = self._cut(self._partial)
             del self._partial[:used]
-        self.on_read()
+        if used:
+            self.on_read()
 
     def pause_writing(self) -> None:
         self.writable = False

@@ -86,6 +86,11 @@ class Stack:
         self.processes[replica_id].kill()
 
     @property
+    def address(self) -> tuple[str, int]:
+        url = self.client.base_url
+        return url.host, url.port or 80
+
+    @property
     def num_ready(self) -> int:
         return self.composed.gateway.dispatcher.num_ready("m")
 
@@ -288,6 +293,24 @@ async def test_a_replica_that_drains_finishes_what_it_has_and_gets_nothing_new(s
     assert sum(bool(e["choices"][0]["delta"].get("content")) for e in seen[:-1]) >= 38
     assert await asyncio.wait_for(stack.processes[draining].wait(), 5) == 0
     assert stack.num_ready == 1
+
+
+async def test_a_client_that_reads_slowly_loses_nothing_and_holds_up_nobody(stack: Stack) -> None:
+    await stack.replica("a", step_s=0.0005)
+    reader, writer = await asyncio.open_connection(*stack.address, limit=2**12)
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    asked = json.dumps(body(max_tokens=4000, stream=True, seed=5, stream_options={"include_usage": True})).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(asked)}\r\n\r\n"
+    writer.write(head.encode() + asked)
+    await reader.readuntil(b"data: ")
+    await asyncio.sleep(1.0)
+    assert len(await asyncio.wait_for(text_of(stack, max_tokens=20), 10)) > 0
+    assert not stack.idle(), "its stream waits at the replica, not in the ingress's memory"
+    received = await asyncio.wait_for(reader.read(-1), 60)
+    writer.close()
+    assert received.count(b"data: [DONE]") == 1
+    assert b'"completion_tokens":4000' in received
+    await until(stack.idle)
 
 
 async def test_a_client_that_leaves_frees_its_place(stack: Stack) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -202,6 +203,73 @@ async def test_cancelling_the_reader_closes_the_job_and_leaves_nothing(waits: bo
     source.say("d")
     assert source.closed and "d" not in reading.texts
     gc.collect()  # an exception nobody fetched would be logged now
+
+
+async def test_a_finished_relay_leaves_no_cycle_to_the_collector() -> None:
+    source = Source("a")
+    flow = SingleFlow(source)
+    reading = Reading(flow)
+    await turns()
+    source.say("b")
+    source.end()
+    await reading.task
+    gone = weakref.ref(flow)
+    gc.disable()
+    try:
+        del flow, reading
+        await turns()
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+async def test_a_cancellation_from_inside_a_write_stays_with_its_own_reader() -> None:
+    async def cancelled() -> None:
+        raise asyncio.CancelledError
+
+    source = Source("a")
+    reading = Reading(SingleFlow(source))
+    await turns()
+    reading._writing = cancelled
+    source.say("b")  # returns: the channel goes on
+    with pytest.raises(asyncio.CancelledError):
+        await reading.task
+    assert source.closed
+
+
+async def test_merged_jobs_are_closed_even_when_their_reader_is_cancelled_twice() -> None:
+    class Stubborn(Source):
+        async def first(self) -> StepDelta:
+            try:
+                return await super().first()
+            finally:
+                await asyncio.sleep(0)  # cleaning up takes a turn of the loop
+
+    sources = [Stubborn("a"), Stubborn(), Stubborn()]
+    reading = Reading(MergedFlow(sources))
+    await turns()
+    reading.task.cancel()
+    await asyncio.sleep(0)
+    reading.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading.task
+    assert [source.closed for source in sources] == [True] * 3
+
+
+async def test_an_error_of_one_merged_job_is_told_though_another_never_pauses() -> None:
+    chatty, bad = Source("a"), Source("x")
+
+    async def wait_while_more_comes() -> None:
+        await asyncio.sleep(0)
+        chatty.say("c")
+
+    reading = Reading(MergedFlow([chatty, bad]))
+    await turns()
+    reading._writing = wait_while_more_comes
+    chatty.say("b")
+    bad.end(ReplicaLostError("gone"))
+    with pytest.raises(ReplicaLostError):
+        await asyncio.wait_for(reading.task, 1)
 
 
 async def test_merged_jobs_keep_their_indexes_and_their_order() -> None:

@@ -11,13 +11,16 @@ import uvloop
 from replicas.channel import (
     LinkLostError,
     LinkOptions,
+    ReplicaLink,
     ServerOptions,
 )
 from replicas.channel.frames import (
+    HEADER,
     Abort,
     Open,
     Step,
     decode_replica,
+    encode,
 )
 from replicas.contract import Fault, StepDelta, TokenLogprob
 from tests.replicas.channel_kit import Pair, read, serving
@@ -229,6 +232,47 @@ async def test_a_listener_is_told_when_the_link_is_lost(unix: Pair) -> None:
     with pytest.raises(LinkLostError):
         while stream.ready():
             pass
+
+
+async def test_a_stream_that_ends_in_the_read_that_breaks_the_link_is_told(unix: Pair) -> None:
+    link = await unix.link()
+    ended, broken = link.open(request("a")), link.open(request("b"))
+    await until(lambda: len(unix.engine.open) == 2)
+    told: list[str] = []
+    ended.listen(lambda: told.append("ended"))
+    last = Step(link.stats, [StepDelta("a", token_ids=(7,), finish_reason="stop")])
+    link._connection.data_received(encode(last) + HEADER.pack(3) + b"\xc1\xc1\xc1")
+    assert told == ["ended"]
+    assert [delta.token_ids for delta in ended.ready()] == [(7,)]
+    with pytest.raises(LinkLostError):
+        await anext(broken)
+
+
+async def test_a_listener_that_raises_keeps_no_other_stream_from_its_news(
+    unix: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    link = await unix.link()
+    bad, good = link.open(request("bad")), link.open(request("good"))
+    await until(lambda: len(unix.engine.open) == 2)
+    told: list[str] = []
+
+    def fail() -> None:
+        raise ValueError("a bug")
+
+    bad.listen(fail)
+    good.listen(lambda: told.append("good"))
+    unix.engine.step(counting(3))
+    await until(lambda: told)
+    assert link.alive and "a bug" in caplog.text
+
+
+async def test_a_frame_in_pieces_is_one_push_of_the_replicas_state(unix: Pair) -> None:
+    pushes: list[ReplicaLink] = []
+    link = await unix.link(options=LinkOptions(heartbeat_s=60, dead_after_s=60, on_stats=pushes.append))
+    before = len(pushes)
+    for byte in encode(Step(link.stats, [])):
+        link._connection.data_received(bytes([byte]))
+    assert len(pushes) - before == 1
 
 
 async def test_frames_of_an_older_attempt_are_dropped_on_both_sides(unix: Pair) -> None:
