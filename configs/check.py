@@ -31,6 +31,7 @@ def problems(config: Config) -> list[Problem]:
         *_groups(config),
         *_unserved(config),
         *_tenants(config),
+        *_adapters(config),
         *_ports(config),
         *_addresses(config),
         *_times(config),
@@ -120,6 +121,26 @@ def _tenants(config: Config) -> Iterator[Problem]:
         seen.setdefault(digest, where)
     for where, _ in anonymous[1:]:
         yield Problem(where, f"only one tenant can be anonymous, and {show_key(anonymous[0][0])} is")
+
+
+def _adapters(config: Config) -> Iterator[Problem]:
+    versions = [((("adapters", i)), f"{a.name}@{a.version}") for i, a in enumerate(config.adapters)]
+    yield from _repeated(versions, "adapter version")
+    ids = {model.id for model in config.models}
+    tenants = {tenant.id for tenant in config.tenants}
+    slots = {group.model for group in config.groups if group.engine.kind == "sim" and group.engine.sim.max_adapters}
+    for i, adapter in enumerate(config.adapters):
+        named = config.model_named(adapter.name)
+        if named is not None:
+            yield Problem(("adapters", i, "name"), f"{adapter.name!r} is a name of model {named.id!r}")
+        if adapter.base_model not in ids:
+            known = ", ".join(sorted(ids))
+            reason = f"no model {adapter.base_model!r} in this profile; there is: {known}"
+            yield Problem(("adapters", i, "base_model"), reason)
+        elif adapter.base_model not in slots:
+            yield Problem(("adapters", i, "base_model"), f"no group of model {adapter.base_model!r} has adapter slots")
+        if adapter.owner is not None and adapter.owner not in tenants:
+            yield Problem(("adapters", i, "owner"), f"no tenant {adapter.owner!r} in this profile")
 
 
 def _ports(config: Config) -> Iterator[Problem]:

@@ -41,8 +41,8 @@ class ModelConfig(Section, frozen=True):
 class SimConfig(Section, frozen=True):
     """The sim engine's clockwork: seconds a step takes, and what it pretends to hold.
 
-    `adapter_load_s` is for rank 8 and grows with the rank. Answers end at `max_tokens`, or, with
-    `mean_output_tokens`, with end of sequence after that many tokens on average.
+    `adapter_load_s` is for rank 8 and grows with the rank, up to `max_adapter_rank`. Answers end at `max_tokens`, or,
+    with `mean_output_tokens`, with end of sequence after that many tokens on average.
     """
 
     prefill_tokens_per_s: PositiveF = 8000.0
@@ -51,8 +51,24 @@ class SimConfig(Section, frozen=True):
     num_blocks: Positive = 4096
     max_adapters: NotNegative = 0
     adapter_load_s: NotNegativeF = 0.5
+    max_adapter_rank: Positive = 64
     max_model_len: Positive = 8192
     mean_output_tokens: Positive | None = None
+
+
+class AdapterConfig(Section, frozen=True):
+    """A LoRA adapter that clients name like a model; of several versions of one name the last counts.
+
+    `owner`: the one tenant that may use it; without one, every tenant that may use `base_model`.
+    """
+
+    name: ModelId
+    base_model: ModelId
+    version: Name = "1"
+    path: str = ""
+    rank: Annotated[int, Meta(ge=1, le=512)] = 8
+    owner: Name | None = None
+    num_bytes: NotNegative = 0
 
 
 class EngineConfig(Section, frozen=True):
@@ -68,8 +84,9 @@ class EngineConfig(Section, frozen=True):
     max_num_seqs: Positive = 32
     max_num_batched_tokens: Positive = 512
     max_waiting: Positive = 1024
+    max_adapter_loads: Positive = 2
     prefix_caching: bool = True
-    order: Literal["fcfs", "priority", "deadline"] = "fcfs"
+    order: Literal["shortest", "fcfs", "priority", "deadline"] = "shortest"
     self_check: bool = True
     sim: SimConfig = SimConfig()
 
@@ -90,10 +107,23 @@ class GroupConfig(Section, frozen=True):
 
 
 class RoutingConfig(Section, frozen=True):
-    """`least_wait`: least expected seconds to the first token, with prefix hits from a mirrored index."""
+    """`warm`: least expected seconds to the first token. The others, to compare with: `routing.policies`."""
 
-    policy: Literal["least_wait", "round_robin", "random"] = "least_wait"
-    max_index_blocks: Positive = 1_000_000
+    policy: Literal[
+        "warm",
+        "round_robin",
+        "random",
+        "power_of_two",
+        "least_outstanding",
+        "chwbl",
+        "cache_aware",
+        "cache_aware_sglang",
+        "prefix_affinity",
+        "prefix_affinity_balanced",
+        "overlap_cost",
+        "greedy_ttft",
+    ] = "warm"
+    max_index_blocks: Positive = 4_194_304
     max_attempts: Positive = 3
 
 
@@ -179,6 +209,7 @@ class Config(Section, frozen=True):
     groups: Annotated[tuple[GroupConfig, ...], Meta(min_length=1)]
     tenants: Annotated[tuple[TenantConfig, ...], Meta(min_length=1)]
     cluster: Name = "warmgate"
+    adapters: tuple[AdapterConfig, ...] = ()
     routing: RoutingConfig = RoutingConfig()
     admission: AdmissionConfig = AdmissionConfig()
     redis: RedisConfig = RedisConfig()

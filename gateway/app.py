@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.api.chat import ChatRequest, ChatRoute
 from gateway.api.completions import CompletionRequest, CompletionRoute
+from gateway.api.decisions import Decisions
 from gateway.api.exchange import Endpoint, Exchange, as_api_error, sane_request_id
 from gateway.api.generate import Generation
 from gateway.api.health import Health
@@ -84,7 +85,7 @@ def _paths(gateway: Gateway) -> list[Path]:
     """Every path, in the order routes are tried."""
     chat = Generation(gateway, ChatRoute(), ChatRequest)
     completions = Generation(gateway, CompletionRoute(), CompletionRequest)
-    models, tokens, health = Models(gateway), Tokenize(gateway), Health(gateway)
+    models, tokens, health, decisions = Models(gateway), Tokenize(gateway), Health(gateway), Decisions(gateway)
     return [
         Path("/version", GET, "version", health.version),
         Path("/metrics", GET, "metrics", health.metrics),
@@ -94,6 +95,7 @@ def _paths(gateway: Gateway) -> list[Path]:
         Path("/tokenize", POST, "tokenize", tokens.tokenize),
         Path("/v1/models/{model_id:path}", GET, "models", models.get_one),
         Path("/v1/models", GET, "models", models.list_all),
+        Path("/v1/routing/decisions/{request_id:path}", GET, "decisions", decisions.get_one),
         Path("/v1/completions", POST, completions.route_name, completions),
         Path("/v1/chat/completions", POST, chat.route_name, chat),
     ]

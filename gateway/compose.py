@@ -1,6 +1,7 @@
 """The composition root of an ingress: a profile in, an ASGI app out, everything passed by hand and nothing global.
 
 config ─► store ─► watch ─► fleet ─► router, admission ─► dispatcher ─┐
+              └─► KV registry ─► index ─┘                              │
 config ─► prompters, tenants, ledger, metrics ────────────────────────┴─► Gateway ─► app
 """
 
@@ -8,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,23 +23,40 @@ from configs.schema import Config, ModelConfig
 from configs.tokenizer import load_model_files
 from gateway.admission import Admission
 from gateway.app import build_app
+from gateway.decisions import DecisionLog
 from gateway.dispatch import FleetDispatcher
+from gateway.explain import Explainer
 from gateway.fleet import Fleet
 from gateway.fleet_metrics import FleetCollector
 from gateway.ledger import Ledger
 from gateway.prompt import Prompter
+from gateway.registry_metrics import RegistryCollector
 from gateway.router import Router
 from gateway.slot import Connect, Link, LinkEvents, Surroundings
 from gateway.tenancy import Tenants
 from gateway.types import Gateway
 from ops.metrics import Metrics
 from replicas.channel import HandshakeError, LinkOptions, ReplicaLink
+from routing.adapters import AdapterWatch, declared
 from routing.index import PrefixIndex
+from routing.kv_follow import KvSource
+from routing.kv_registry import KvRegistry, KvRegistryOptions
+from routing.questions import Questions
 from routing.registry import Member, MemberWatch
 from routing.store import Store, StoreError, StoreOptions
 
 FIRST_LINKS_S = 2.0
 """How long a start waits for replicas that are there already, so that a new ingress routes like its siblings."""
+
+FIRST_KV_S = 1.0
+"""How long it then waits for what those replicas hold."""
+
+MAX_WORD_S = 1.5
+"""Age at which a replica's word about its cache counts no more: its heartbeat, and what the stream may lag behind. With
+the periods of looking it stays below two seconds."""
+
+MIN_LATE_S = 0.3
+"""A stream that lags less than this is in order: publishing, reading and a busy moment take as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +69,9 @@ class ComposedGateway:
     admission: Admission
     watch: MemberWatch
     store: Store
+    kv_registry: KvRegistry
+    adapters: AdapterWatch
+    questions: Questions
 
     async def start(self) -> None:
         """Begins to watch and connect; returns soon, replicas or not. Raises OSError for a usage log it cannot open."""
@@ -59,9 +81,18 @@ class ComposedGateway:
         with contextlib.suppress(StoreError):  # the watch goes on trying
             await self.watch.refresh()
         self.watch.start()
+        with contextlib.suppress(StoreError):
+            await self.adapters.refresh()
+        self.adapters.start()
+        self.questions.start()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FIRST_LINKS_S):
                 await self.fleet.connected()
+        self.kv_registry.look()
+        self.kv_registry.start()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_KV_S):
+                await self.kv_registry.caught_up()
 
     def check_health(self) -> None:
         """Raises RuntimeError when this process should be replaced: it answers nobody any more."""
@@ -71,6 +102,9 @@ class ComposedGateway:
     async def close(self) -> None:
         """Refuses who waits, drops every link, writes the books. Idempotent."""
         await self.watch.close()
+        await self.adapters.close()
+        await self.questions.close()
+        await self.kv_registry.close()
         self.admission.close()
         await self.fleet.close()
         await self.gateway.ledger.close()
@@ -89,8 +123,14 @@ async def compose(config: Config, runtime: Runtime, random: Random | None = None
     index = PrefixIndex(config.routing.max_index_blocks)
     fleet = Fleet(config, channel_connect(config, runtime.secret, ingress_id), index, around)
     around.metrics.registry.register(FleetCollector(fleet))
+    kv_registry = KvRegistry(store, index, lambda: kv_sources(config, fleet), _kv_options(config, around))
+    around.metrics.registry.register(RegistryCollector(kv_registry, index))
+    adapters = AdapterWatch(store, declared(config.adapters))
     admission = Admission(config.admission, fleet, around.clock, around.metrics)
-    router = Router(fleet, config.routing, around)
+    log = DecisionLog(ingress_id, time.time)
+    router = Router(fleet, config.routing, around, log)
+    explainer = Explainer(log, lambda to, question: questions.ask(to, question))
+    questions = Questions(store, ingress_id, random, explainer.answer)
     usage_log = config.telemetry.usage_log
     gateway = Gateway(
         config=config,
@@ -102,9 +142,19 @@ async def compose(config: Config, runtime: Runtime, random: Random | None = None
         ingress_id=ingress_id,
         clock=around.clock,
         random=random,
+        catalogue=lambda: adapters.catalogue,
+        explainer=explainer,
     )
     return ComposedGateway(
-        build_app(gateway), gateway, fleet, admission, MemberWatch(store, reachable=fleet.is_linked), store
+        build_app(gateway),
+        gateway,
+        fleet,
+        admission,
+        MemberWatch(store, reachable=fleet.is_linked),
+        store,
+        kv_registry,
+        adapters,
+        questions,
     )
 
 
@@ -113,6 +163,19 @@ async def serve_gateway(config: Config, runtime: Runtime) -> ComposedGateway:
     composed = await compose(config, runtime)
     await composed.start()
     return composed
+
+
+def kv_sources(config: Config, fleet: Fleet) -> Iterator[KvSource]:
+    """The connected replicas that publish what they hold."""
+    for member, link in fleet.links():
+        model = config.model_named(member.model)
+        if model is not None and link.facts.events:
+            yield KvSource(member.replica_id, member.epoch, model.route_block_tokens, link.stats.kv_seq)
+
+
+def _kv_options(config: Config, around: Surroundings) -> KvRegistryOptions:
+    late_s = max(MIN_LATE_S, MAX_WORD_S - config.channel.heartbeat_s)
+    return KvRegistryOptions(late_s=late_s, clock=around.clock)
 
 
 def channel_connect(config: Config, secret: bytes, ingress_id: str) -> Connect:

@@ -32,13 +32,15 @@ from gateway.slot import DeltaSource, Surroundings
 from gateway.types import Job
 from replicas.channel import FrameTooLargeError, LinkLostError
 from replicas.contract import EngineFacts, Fault, GenerateRequest, StepDelta
-from routing.policy import TOO_LONG
+from routing.policy import NO_ADAPTERS, TOO_LONG
 from routing.types import Decision, RouteRequest
 
 MAX_DEATHS = 2
 """Replicas that may die over one request before it is refused: it may be what kills them."""
 
 _ELSEWHERE = frozenset({"draining", "overloaded", "engine_dead"})
+_NOT_LATER = frozenset({"overloaded", "adapter_not_found"})
+"""What waiting for another replica does not mend, once all there are have said it."""
 
 
 class FleetDispatcher:
@@ -63,7 +65,7 @@ class FleetDispatcher:
 
     def decision(self, request_id: str) -> Decision | None:
         """Why a recent job went where it went (its last attempt)."""
-        return self.router.decision(request_id)
+        return self.router.log.last(request_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +170,7 @@ class JobStream:
         """Queue, then attempts, until there is a delta."""
         dispatcher, job = self._dispatcher, self._job
         request = dispatcher.router.request(job)
+        dispatcher.router.prefetch(request)
         self._ticket = await dispatcher.admission.acquire(job, dispatcher.router.num_uncached(request))
         try:
             async with asyncio.timeout(self._remaining_s()):
@@ -206,16 +209,16 @@ class JobStream:
         dispatcher = self._dispatcher
         give_up_at = dispatcher.around.clock() + NO_REPLICA_S
         while True:
-            decision = dispatcher.router.decide(request)
+            decision = dispatcher.router.decide(request, self.num_attempts + 1)
             if decision.replica_id is not None:
                 try:
                     return self._send(request, decision)
                 except LinkLostError:  # it had not begun: this was no attempt
                     request = _excluding(request, decision.replica_id)
                     continue
-            _check_length(request, decision)
+            _check_able(request, decision)
             left_s = give_up_at - dispatcher.around.clock()
-            if failure is not None and failure.reason == "overloaded":
+            if failure is not None and failure.reason in _NOT_LATER:
                 raise failure.error
             if left_s <= 0:
                 message = f"No replica of model '{request.model}' is available."
@@ -291,9 +294,12 @@ def _excluding(request: RouteRequest, replica_id: str) -> RouteRequest:
     return msgspec.structs.replace(request, excluded=request.excluded | {replica_id})
 
 
-def _check_length(request: RouteRequest, decision: Decision) -> None:
-    """Raises ContextLengthError when the prompt is too long for every replica there is."""
-    if decision.candidates and all(candidate.filtered == TOO_LONG for candidate in decision.candidates):
+def _check_able(request: RouteRequest, decision: Decision) -> None:
+    """Raises when no replica there is can ever take the request: ContextLengthError, UnavailableError."""
+    reasons = {candidate.filtered for candidate in decision.candidates}
+    if reasons == {TOO_LONG}:
         raise ContextLengthError(
             f"The prompt has {request.num_prompt_tokens} tokens; no replica of model '{request.model}' takes that many."
         )
+    if reasons == {NO_ADAPTERS}:
+        raise UnavailableError(f"No replica of model '{request.model}' has room for adapters.")

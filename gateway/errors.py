@@ -67,6 +67,10 @@ class ModelNotFoundError(NotFoundError):
     code = "model_not_found"
 
 
+class DecisionNotFoundError(NotFoundError):
+    code = "decision_not_found"
+
+
 class MethodNotAllowedError(ApiError):
     status, type, code = 405, "invalid_request_error", "method_not_allowed"
 

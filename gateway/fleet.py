@@ -133,6 +133,12 @@ class Fleet:
         self._refresh(slot)
         return placement
 
+    def prefetch(self, replica_id: str, adapter_id: str) -> None:
+        """Tells a replica that a request for the adapter will come. No-op when it is gone."""
+        slot = self._slots.get(replica_id)
+        if slot is not None:
+            slot.prefetch(adapter_id)
+
     # Members come and go.
 
     def set_members(self, members: Mapping[str, Member]) -> None:

@@ -29,7 +29,7 @@ class UsageRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What one HTTP request used. `time` is Unix seconds at arrival; `status` is HTTP's, 499 when the client left.
 
     `num_prompt_tokens` counts each prompt once however many choices it had; `num_completion_tokens` counts all that
-    was generated, choices that were not returned (best_of) included.
+    was generated, choices that were not returned (best_of) included. `model`: of an adapter (`name@version`) its base.
     """
 
     time: float
@@ -50,6 +50,7 @@ class UsageRecord(msgspec.Struct, frozen=True, kw_only=True):
     ttft_s: float | None
     duration_s: float
     inter_token_s: float | None
+    adapter: str | None = None
 
 
 class Ledger:

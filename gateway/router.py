@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Mapping
 from functools import lru_cache
 
 from configs.schema import RoutingConfig
+from gateway.decisions import DecisionLog
 from gateway.fleet import Fleet
+from gateway.homes import AdapterHomes
+from gateway.sent import SentPrompts
 from gateway.slot import Surroundings
 from gateway.types import Job
 from routing.cost import matched_tokens
+from routing.placement import adapter_wait_s
 from routing.policies import POLICIES
 from routing.prefix import Namespace, block_hashes
-from routing.types import Decision, RouteRequest, Snapshot
-
-MAX_DECISIONS = 512
+from routing.types import Decision, ReplicaState, RouteRequest, Snapshot
 
 
 class Router:
-    """Decides for one ingress. Decisions are kept for a while, by request id."""
+    """Decides for one ingress, and keeps every decision in `log`."""
 
-    def __init__(self, fleet: Fleet, config: RoutingConfig, around: Surroundings) -> None:
+    def __init__(self, fleet: Fleet, config: RoutingConfig, around: Surroundings, log: DecisionLog) -> None:
+        self.log = log
         self._fleet = fleet
         self.max_attempts = config.max_attempts
         self._around = around
-        self._policy = POLICIES[config.policy]
+        self._spec = POLICIES[config.policy]
+        self._sent = SentPrompts(self._spec, fleet) if self._spec.reads == "mirror" else None
+        self._homes = AdapterHomes(fleet.states, around.clock)
         self._num_decisions = 0
-        self._kept: OrderedDict[str, Decision] = OrderedDict()
         metrics = around.metrics
         self._observe_s = metrics.decision_seconds.labels(config.policy).observe
         self._count_placed = lru_cache(4096)(lambda replica_id: metrics.decisions.labels(config.policy, replica_id).inc)
@@ -44,6 +48,7 @@ class Router:
             num_prompt_tokens=job.num_prompt_tokens,
             max_new_tokens=job.sampling.max_tokens,
             tenant=job.tenant.tenant_id,
+            adapter_rank=job.adapter_rank,
         )
 
     def num_uncached(self, request: RouteRequest) -> int:
@@ -51,20 +56,24 @@ class Router:
         matched = max(self._fleet.index.match(request.block_hashes).values(), default=0)
         return request.num_prompt_tokens - matched_tokens(request, matched)
 
-    def decide(self, request: RouteRequest) -> Decision:
+    def prefetch(self, request: RouteRequest) -> None:
+        """The request has to wait: its adapter's home may load it meanwhile, unless some replica has it."""
+        if request.adapter is None or self._fleet.num_free(request.model) > 0:
+            return
+        states = {s.replica_id: s for s in self._fleet.states(request.model) if not s.draining and not s.breaker_open}
+        if any(adapter_wait_s(request, s) == 0 or _is_loading(request, s) for s in states.values()):
+            return
+        home = next((replica_id for replica_id in self._homes.of(request) if replica_id in states), None)
+        if home is not None:
+            self._fleet.prefetch(home, request.adapter)
+
+    def decide(self, request: RouteRequest, attempt: int = 1) -> Decision:
         """Weighs the replicas of the request's model as they are now, and keeps the decision."""
         began = self._around.clock()
-        snapshot = Snapshot(
-            replicas=self._fleet.states(request.model),
-            matched_blocks=self._fleet.index.match(request.block_hashes),
-            turn=self._num_decisions,
-            draw=self._around.random.random(),
-        )
-        decision = self._policy(request, snapshot)
+        snapshot = self._snapshot(request)
+        decision = self._spec.decide(request, snapshot)
         self._num_decisions += 1
-        self._kept[request.request_id] = decision
-        if len(self._kept) > MAX_DECISIONS:
-            self._kept.popitem(last=False)
+        self.log.add(request, decision, attempt, snapshot.replicas)
         self._observe_s(self._around.clock() - began)
         return decision
 
@@ -72,11 +81,28 @@ class Router:
         """The request went where the decision says: its prompt will be warm there."""
         winner = decision.winner
         assert winner is not None, f"{request.request_id} was placed nowhere"
-        self._fleet.index.insert(winner.replica_id, request.block_hashes)
+        self._fleet.index.sent(winner.replica_id, request.block_hashes, self._around.clock())
+        self._homes.placed(request, request.num_prompt_tokens - winner.matched_tokens)
+        if self._sent is not None:
+            self._sent.placed(request, winner.replica_id)
         self._count_placed(winner.replica_id)()
         self._count_tokens(request.model, "prompt")(request.num_prompt_tokens)
         self._count_tokens(request.model, "matched")(winner.matched_tokens)
 
-    def decision(self, request_id: str) -> Decision | None:
-        """The last decision about a recent request."""
-        return self._kept.get(request_id)
+    def _snapshot(self, request: RouteRequest) -> Snapshot:
+        """What the policy may know, from where it reads it."""
+        states = self._fleet.states(request.model)
+        matched: Mapping[str, int] = {}
+        held: Mapping[str, int] = {}
+        if self._sent is not None:
+            matched, held = self._sent.known(request, states)
+        elif self._spec.reads == "events":
+            matched = self._fleet.index.match(request.block_hashes)
+        guessed = self._fleet.index.guessed
+        draw = self._around.random.random()
+        homes = self._homes.of(request)
+        return Snapshot(states, matched, self._num_decisions, draw, held, homes, guessed)
+
+
+def _is_loading(request: RouteRequest, replica: ReplicaState) -> bool:
+    return any(name == request.adapter for name, _ in replica.loading)

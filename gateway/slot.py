@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from random import Random
 from typing import Protocol
 
+from gateway.asked import AskedAdapters
 from ops.metrics import Metrics
 from replicas.channel import LinkLostError
 from replicas.contract import EngineFacts, EngineStats, GenerateRequest, StepDelta
 from routing.registry import Member
 from routing.types import ReplicaState
+from routing.waiting import merged
 
 MIN_PUSHES = 2
 MIN_SENT_S = 0.01
@@ -55,6 +57,8 @@ class Link(Protocol):
     def alive(self) -> bool: ...
 
     def open(self, request: GenerateRequest) -> DeltaSource: ...
+
+    def prefetch(self, adapter_id: str) -> None: ...
 
     async def close(self) -> None: ...
 
@@ -136,6 +140,7 @@ class Slot:
         self._sent: deque[Sent] = deque()
         self._num_sent = 0
         self._num_sent_tokens = 0
+        self._asked = AskedAdapters(clock)
         self._state: ReplicaState | None = None
 
     @property
@@ -152,14 +157,17 @@ class Slot:
         if self.link is None or not self.ready:
             return 0
         stats = self.link.stats
-        room = 0 if stats.num_waiting else max(0, self.link.facts.max_num_seqs - stats.num_running)
-        return max(0, room + self._max_ahead - stats.num_waiting - self._num_sent)
+        num_loading = stats.num_waiting_adapter  # they wait for something else than a place
+        num_waiting = stats.num_waiting - num_loading
+        room = 0 if num_waiting else max(0, self.link.facts.max_num_seqs - stats.num_running - num_loading)
+        return max(0, room + self._max_ahead - num_waiting - self._num_sent)
 
     def connected(self, link: Link) -> None:
         """A new connection: nothing sent over an older one counts."""
         self.link = link
         while self._sent:
             self.arrived(self._sent.popleft())
+        self._asked.clear()
         self.changed()
 
     def disconnected(self) -> None:
@@ -179,13 +187,24 @@ class Slot:
             if oldest.counts and (oldest.num_pushes + MIN_PUSHES > self._num_pushes or oldest.at > old_enough):
                 break
             self.arrived(self._sent.popleft())
+        if self.link is not None:
+            self._asked.heard(self.link.stats, self._num_pushes)
         self.changed()
+
+    def prefetch(self, adapter_id: str) -> None:
+        """Tells the replica that a request for the adapter will come. No-op without a link."""
+        if self.link is not None:
+            self.link.prefetch(adapter_id)
+            self._asked.ask(adapter_id, self._num_pushes)
+            self.changed()
 
     def open(self, request: GenerateRequest, num_uncached: int) -> tuple[DeltaSource, Sent]:
         """Sends a request. Raises LinkLostError when there is no link, and what `Link.open` raises."""
         if self.link is None:
             raise LinkLostError(self.replica_id, "not connected")
         source = self.link.open(request)
+        if request.adapter is not None:
+            self._asked.ask(request.adapter, self._num_pushes)
         sent = Sent(num_uncached, self._num_pushes, self._clock())
         self._sent.append(sent)
         self._num_sent += 1
@@ -222,8 +241,11 @@ class Slot:
             block_size=facts.block_size,
             prefill_tokens_per_s=stats.prefill_tokens_per_s,
             step_time_s=stats.step_time_s,
-            adapters=stats.adapters,
+            adapters=self._asked.resident(stats),
             max_adapters=facts.max_adapters,
+            loading=self._asked.loading(stats),
+            adapter_load_s=stats.adapter_load_s,
+            adapter_queue_s=stats.adapter_queue_s,
             num_sent=self._num_sent,
             num_sent_tokens=self._num_sent_tokens,
             draining=stats.draining or self.leaving,
@@ -231,4 +253,5 @@ class Slot:
             prefill_order=facts.prefill_order,
             max_num_batched_tokens=facts.max_num_batched_tokens,
             full=self.num_free == 0,
+            waiting_sizes=merged(stats.waiting_sizes, [sent.num_uncached for sent in self._sent if sent.counts]),
         )

@@ -11,8 +11,8 @@ import hmac
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from configs.schema import ModelConfig, TenantConfig
-from gateway.errors import AuthenticationError, ModelNotFoundError, RateLimitError
+from configs.schema import TenantConfig
+from gateway.errors import AuthenticationError, RateLimitError
 from gateway.types import Tenant
 
 
@@ -150,13 +150,6 @@ class Tenants:
 
     def quota(self, tenant: Tenant) -> Quota:
         return self._quotas[tenant.tenant_id]
-
-
-def check_model(tenant: Tenant, model: ModelConfig | None, name: str) -> ModelConfig:
-    """The model a tenant asked for. One it may not use is as unknown to it as one that is not there."""
-    if model is None or not tenant.allows(model.id):
-        raise ModelNotFoundError(f"The model {name!r} does not exist or you do not have access to it.", param="model")
-    return model
 
 
 def _bearer(authorization: bytes | None) -> bytes | None:

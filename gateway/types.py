@@ -9,7 +9,10 @@ from time import monotonic, time
 from typing import TYPE_CHECKING, Protocol
 
 from configs.schema import Config, ModelConfig
+from gateway.decisions import DecisionLog
+from gateway.explain import Explainer
 from replicas.contract import EngineFacts, SamplingParams, StepDelta
+from routing.adapters import EMPTY, Catalogue
 
 if TYPE_CHECKING:
     from gateway.ledger import Ledger
@@ -42,7 +45,8 @@ class Job:
     """One sequence to generate, fully validated: what admission queues, routing places, a replica runs.
 
     `priority`: lower is sooner. `deadline`: event-loop time by which the first token must have come. `salt`: the
-    tenant's, narrowed by the client's `cache_salt`. `num_bytes`: what it holds in memory while queued.
+    tenant's, narrowed by the client's `cache_salt`. `adapter`: `name@version`. `num_bytes`: what it holds in memory
+    while queued.
     """
 
     request_id: str
@@ -52,6 +56,7 @@ class Job:
     sampling: SamplingParams
     salt: bytes
     adapter: str | None = None
+    adapter_rank: int = 8
     priority: int = 0
     deadline: float | None = None
     num_bytes: int = 0
@@ -112,8 +117,9 @@ class Dispatcher(Protocol):
 class Gateway:
     """What the HTTP face is made of. Built once by the composition root, passed to `gateway.app.build_app`.
 
-    `prompters` by model id. `clock` is monotonic seconds (durations, quotas), `wall` the time of day. `random` draws
-    seeds and request ids; `ingress_id` is the prefix of every request id, so that an id names its ingress.
+    `prompters` by model id. `catalogue`: the adapters there are now. `clock` is monotonic seconds (durations, quotas),
+    `wall` the time of day. `random` draws seeds and request ids; `ingress_id` is the prefix of every request id, so
+    that an id names its ingress. `explainer` knows why requests went where they went.
     """
 
     config: Config
@@ -127,3 +133,10 @@ class Gateway:
     wall: Callable[[], float] = time
     random: Random = field(default_factory=SystemRandom)
     started_at: float = field(default_factory=time)
+    catalogue: Callable[[], Catalogue] = lambda: EMPTY
+    explainer: Explainer = field(default_factory=lambda: Explainer(DecisionLog("wg", time), _nobody))
+
+
+async def _nobody(ingress_id: str | None, question: bytes) -> bytes | None:
+    """Whom an ingress asks that has no siblings."""
+    return None

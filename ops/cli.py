@@ -190,7 +190,7 @@ def chat(prompt: tuple[str, ...], **options: Any) -> None:
     """
     from ops.chat import ChatOptions, converse, one_answer
 
-    url = options.pop("url") or _running_url()
+    url = options.pop("url") or running_url()
     chosen = ChatOptions(url=url, **options)
     text = " ".join(prompt)
     if not sys.stdin.isatty():
@@ -279,7 +279,7 @@ def _load(profile: str, *, host: str | None = None, port: str | None = None, set
     return load_profile(profile, os.environ, overrides)
 
 
-def _running_url() -> str:
+def running_url() -> str:
     """The gateway that runs here and is ready, port 8000 when there is none; never a guess among several."""
     import tempfile
     from pathlib import Path

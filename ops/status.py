@@ -60,7 +60,8 @@ async def _ask(instance: Instance) -> Status:
 
 
 def show(found: list[Status], console: Console) -> None:
-    """A table an instance; `tokens`: prompt tokens not computed yet, `KV`: the share of blocks in use."""
+    """A table an instance; `tokens`: prompt tokens not computed yet, `KV`: the share of blocks in use. Below
+    it, what ingresses can know of the prefix caches, and how old that is."""
     for status in found:
         instance = status.instance
         ready = "ready" if instance.ready else "not ready"
@@ -71,6 +72,8 @@ def show(found: list[Status], console: Console) -> None:
         for member, load in status.replicas:
             table.add_row(member.replica_id, member.model, str(member.pid), *_cells(load))
         console.print(table if not status.problem else f"{instance.url}: {status.problem}")
+        if status.replicas:
+            console.print(_registry(status), style="dim", highlight=False)
 
 
 def _cells(load: Load | None) -> tuple[str, ...]:
@@ -78,3 +81,15 @@ def _cells(load: Load | None) -> tuple[str, ...]:
         return ("?",) * 4
     used = 100 * (1 - load.num_free_blocks / load.num_blocks) if load.num_blocks else 0.0
     return str(load.num_running), str(load.num_waiting), str(load.num_waiting_tokens), f"{used:.0f} %"
+
+
+def _registry(status: Status) -> str:
+    """The KV registry in one line."""
+    words = [
+        (load.kv_age_s, load.num_prefix_blocks) for _, load in status.replicas if load and load.kv_age_s is not None
+    ]
+    if not words:
+        return "prefix registry: no replica publishes what it holds"
+    oldest_s, num_blocks = max(age_s for age_s, _ in words), sum(num for _, num in words)
+    replicas = f"{len(words)} of {len(status.replicas)} replicas"
+    return f"prefix registry: {replicas}, {num_blocks} blocks, oldest word {oldest_s:.1f} s"

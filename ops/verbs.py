@@ -12,7 +12,7 @@ import click
 
 from ops.errors import OperationError
 
-_LAZY = {"bench": "ops.bench.cli"}
+_LAZY = {"adapters": "ops.adapters", "bench": "ops.bench.cli", "explain": "ops.explain", "simulate": "ops.simulate.cli"}
 """Verbs whose own module holds them, under their name."""
 
 

@@ -175,6 +175,13 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
     `num_waiting_tokens`: prompt tokens not yet computed, of waiting and partly prefilled requests.
     `step_time_s`: mean wall time of a step that had only decodes. `num_steps` grows while there is progress.
+    `waiting_sizes`: those prompts by size: bucket i holds (number, tokens) of the prompts with 2^i to 2^(i+1) - 1
+    tokens left to compute; trailing empty buckets are left out.
+    `kv_seq`: the `seq` that the next KV event will have, so that readers of the events know how far behind they are.
+    `num_waiting_adapter`: of the waiting, those whose adapter is not resident yet. `adapters` are: usable at once.
+    `loading`: those being loaded or queued for it, with the estimated seconds left. `adapter_queue_s`: seconds before a
+    load asked for now could begin (loaders busy, slots all in use); `adapter_load_s`: learnt seconds such a load takes,
+    for rank 8.
     """
 
     num_running: int = 0
@@ -191,6 +198,12 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     step_time_s: float = 0.0
     adapters: tuple[str, ...] = ()
     draining: bool = False
+    waiting_sizes: tuple[tuple[int, int], ...] = ()
+    num_waiting_adapter: int = 0
+    loading: tuple[tuple[str, float], ...] = ()
+    adapter_load_s: float = 0.0
+    adapter_queue_s: float = 0.0
+    kv_seq: int = 0
 
 
 class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -204,7 +217,8 @@ class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 class BlocksStored(msgspec.Struct, frozen=True, tag="stored", array_like=True):
     """Full KV blocks that entered the prefix cache, in prefix order. Ids are the engine's own (opaque, never reused
-    within an `epoch`); `parent_id` is the block before the first one, None at a root."""
+    within an `epoch`); `parent_id` is the block before the first one, None at a root. `namespace`: `cache_namespace`.
+    `seq` counts an engine's events from 0 without a gap; an engine that loses some clears and stores anew."""
 
     seq: int
     block_ids: tuple[int, ...]
@@ -223,6 +237,18 @@ class CacheCleared(msgspec.Struct, frozen=True, tag="cleared", array_like=True):
 
 
 KvEvent: TypeAlias = BlocksStored | BlocksEvicted | CacheCleared
+
+
+def cache_namespace(adapter: str | None, salt: bytes) -> str:
+    """What separates prefix caches inside an engine, which has one model."""
+    return f"{adapter or ''}|{salt.hex()}"
+
+
+def split_cache_namespace(namespace: str) -> tuple[str | None, bytes]:
+    """The inverse of `cache_namespace`: adapter, salt. Raises ValueError for anything else."""
+    adapter, _, salt = namespace.rpartition("|")
+    return adapter or None, bytes.fromhex(salt)
+
 
 StepSink: TypeAlias = Callable[[Sequence[StepDelta]], None]
 """Called once per engine step, on the event loop's thread, with every delta of that step."""

@@ -18,9 +18,14 @@ from typing import TypeAlias
 from configs.runtime import MAX_SOCKET_NAME, Runtime
 from configs.schema import Config, EngineConfig, GroupConfig
 from configs.tokenizer import ModelFiles, load_model_files
+from replicas.adapter_source import CatalogueSource
+from replicas.adapters import AdapterEngine, AdapterOptions
 from replicas.channel import ChannelServer, JsonLinesJournal, ServerOptions
 from replicas.contract import Engine, EngineDeadError, EngineError, EngineFacts
 from replicas.detokenize import TextEngine
+from replicas.kv_blocks import BlocksOptions, RouteBlocks
+from replicas.kv_publisher import KvPlace, KvPublisher
+from routing.adapters import AdapterWatch, declared
 from routing.registry import Announcement, Load, Member
 from routing.store import Store, StoreOptions
 
@@ -77,19 +82,27 @@ class ReplicaHost:
         self._store = Store(runtime.redis_url, config.cluster, StoreOptions(timeout_s=config.redis.timeout_s))
         self._server: ChannelServer | None = None
         self._announcement: Announcement | None = None
+        self._publisher: KvPublisher | None = None
+        self._catalogue = AdapterWatch(self._store, declared(config.adapters))
+        self._started_at = 0.0
 
     async def start(self) -> EngineFacts:
         """Loads, listens, announces. Raises ConfigError (model files), EngineError, EndpointError; then nothing is
         left running."""
         try:
-            server = ChannelServer(
-                await asyncio.to_thread(self._load), self.replica_id, self._runtime.secret, self._server_options()
-            )
-            self._server = server
+            adapters, engine = await asyncio.to_thread(self._load)
+            options = self._server_options(adapters)
+            server = self._server = ChannelServer(engine, self.replica_id, self._runtime.secret, options)
+            adapters.on_change = server.announce
             facts = await server.start([self.endpoint])
         except BaseException:
             await self.close()
             raise
+        self._started_at = self._options.wall_clock()
+        if facts.max_adapters:
+            self._catalogue.start()
+        if facts.events:
+            self._publisher = self._publish(engine, facts)
         self._announcement = Announcement(self._store, self._member(facts), self._load_now)
         self._announcement.start()
         return facts
@@ -113,6 +126,9 @@ class ReplicaHost:
     async def close(self) -> None:
         """Stops at once: open requests end with `engine_dead`. Idempotent."""
         await self._withdraw()
+        if self._publisher is not None:
+            await self._publisher.close()
+        await self._catalogue.close()
         try:
             if self._server is not None:
                 await self._server.close()
@@ -124,14 +140,19 @@ class ReplicaHost:
         if self._announcement is not None:
             await self._announcement.withdraw()
 
-    def _load(self) -> Engine:
+    def _load(self) -> tuple[AdapterEngine, TextEngine]:
+        """The engine, with its adapters, and with text around both."""
         model = self._config.model_named(self._group.model)
         if model is None:
             raise EngineError(f"group {self._group.name} serves model {self._group.model}, which the profile lacks")
         files = load_model_files(model.source, self._runtime.home)
-        return TextEngine(self._options.build(files, self._group.engine, model.id), files.tokenizer)
+        engine = self._group.engine
+        options = AdapterOptions(max_loads=engine.max_adapter_loads, max_waiting=engine.max_waiting)
+        built = self._options.build(files, engine, model.id)
+        adapters = AdapterEngine(built, CatalogueSource(self._catalogue), options)
+        return adapters, TextEngine(adapters, files.tokenizer)
 
-    def _server_options(self) -> ServerOptions:
+    def _server_options(self, adapters: AdapterEngine) -> ServerOptions:
         channel = self._config.channel
         usage_log = self._config.telemetry.usage_log
         path = self._runtime.run_dir / f"journal-{self.replica_id}.jsonl"
@@ -140,6 +161,7 @@ class ReplicaHost:
         return ServerOptions(
             heartbeat_s=channel.heartbeat_s,
             dead_after_s=channel.dead_after_s,
+            prefetch=adapters.prefetch,
             journal=JsonLinesJournal(path, self._options.wall_clock),
         )
 
@@ -154,10 +176,25 @@ class ReplicaHost:
             num_blocks=stats.num_blocks,
             num_output_tokens=stats.num_output_tokens,
             draining=stats.draining,
+            num_prefix_blocks=0 if self._publisher is None else len(self._publisher.blocks.held),
+            kv_age_s=None if self._publisher is None else self._publisher.age_s,
         )
 
+    def _publish(self, engine: Engine, facts: EngineFacts) -> KvPublisher:
+        """Begins to tell the ingresses what is in the prefix cache."""
+        model = self._config.model_named(self._group.model)
+        assert model is not None, "_load has looked"
+        blocks = RouteBlocks(BlocksOptions(model.id, model.route_block_tokens, 2 * facts.num_blocks))
+        place = KvPlace(self.replica_id, self._epoch, model.route_block_tokens)
+        publisher = KvPublisher(self._store, blocks, engine.kv_events, place)
+        publisher.start()
+        return publisher
+
+    @property
+    def _epoch(self) -> int:
+        return int(self._started_at * 1e6)
+
     def _member(self, facts: EngineFacts) -> Member:
-        now = self._options.wall_clock()
         model = self._config.model_named(self._group.model)
         assert model is not None, "_load has looked"
         return Member(
@@ -165,10 +202,10 @@ class ReplicaHost:
             group=self._group.name,
             model=model.id,
             endpoint=self.endpoint,
-            epoch=int(now * 1e6),
+            epoch=self._epoch,
             host_id=socket.gethostname(),
             pid=os.getpid(),
-            started_at=now,
+            started_at=self._started_at,
             engine=facts.engine,
         )
 

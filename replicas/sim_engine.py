@@ -103,47 +103,43 @@ class Pace:
 
 
 class SimAdapters:
-    """Adapter slots: `max_adapters` are resident, others known; using one that is not resident loads it into the slot
-    least recently used, during the step, for `adapter_load_s` × rank / 8."""
+    """`max_adapters` slots. Reading an adapter takes `adapter_load_s` × rank / 8; a rank beyond `max_adapter_rank` does
+    not fit."""
 
     def __init__(self, sim: SimConfig, sleep: Callable[[float], None]) -> None:
         self.num_loads = 0
         self._sim = sim
         self._sleep = sleep
-        self._known: dict[str, AdapterSpec] = {}
         self._resident: OrderedDict[str, None] = OrderedDict()
 
     @property
     def resident(self) -> tuple[str, ...]:
         return tuple(self._resident)
 
-    def load(self, adapter: AdapterSpec) -> None:
-        """Makes an adapter known and resident. Raises EngineError when there are no slots."""
+    def read(self, adapter: AdapterSpec) -> Callable[[], None]:
+        """See `replicas.engine.core.AdapterStore`."""
         if self._sim.max_adapters == 0:
             raise EngineError(f"this engine has no adapter slots: {adapter.adapter_id}")
-        self._known[adapter.adapter_id] = adapter
-        self._resident.pop(adapter.adapter_id, None)
-        self.use({adapter.adapter_id})
+        if adapter.rank > self._sim.max_adapter_rank:
+            raise EngineError(f"rank {adapter.rank} of {adapter.adapter_id} is beyond {self._sim.max_adapter_rank}")
+        self._sleep(self._sim.adapter_load_s * adapter.rank / _REFERENCE_RANK)
+        return lambda: self._install(adapter.adapter_id)
 
     def unload(self, adapter_id: str) -> None:
-        self._known.pop(adapter_id, None)
         self._resident.pop(adapter_id, None)
 
     def use(self, adapter_ids: set[str]) -> None:
-        """Makes all of these resident at once; the scheduler never asks for more than there are slots."""
-        assert len(adapter_ids) <= self._sim.max_adapters, f"{adapter_ids=} {self._sim.max_adapters=}"
+        """A step runs with these."""
         for adapter_id in sorted(adapter_ids):
-            if adapter_id not in self._resident:
-                self._load(adapter_id, adapter_ids)
+            assert adapter_id in self._resident, f"{adapter_id} is in no slot"
             self._resident.move_to_end(adapter_id)
 
-    def _load(self, adapter_id: str, in_use: set[str]) -> None:
-        if len(self._resident) >= self._sim.max_adapters:
-            oldest = next(resident for resident in self._resident if resident not in in_use)
-            del self._resident[oldest]
-        self._sleep(self._sim.adapter_load_s * self._known[adapter_id].rank / _REFERENCE_RANK)
-        self._resident[adapter_id] = None
-        self.num_loads += 1
+    def _install(self, adapter_id: str) -> None:
+        if adapter_id not in self._resident:
+            if len(self._resident) >= self._sim.max_adapters:
+                raise EngineError(f"no slot is free for {adapter_id}: {self._sim.max_adapters} are taken")
+            self._resident[adapter_id] = None
+            self.num_loads += 1
 
 
 class SimRunner:
@@ -163,9 +159,7 @@ class SimRunner:
         """See `replicas.engine.core.Runner`."""
         started = self._pace.now()
         adapters = {item.seq.request.adapter for item in plan.items} - {None}
-        if adapters:
-            self._adapters.use({adapter for adapter in adapters if adapter is not None})
-            started = self._pace.now()
+        self._adapters.use({adapter for adapter in adapters if adapter is not None})
         for source, target in plan.copies:
             size = self.block_size
             self.kv[target * size : (target + 1) * size] = self.kv[source * size : (source + 1) * size]

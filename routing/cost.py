@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from routing.placement import adapter_wait_s, stray_s
 from routing.types import ReplicaState, RouteRequest
+from routing.waiting import ahead_and_behind
 
 PRIOR_PREFILL_TOKENS_PER_S = 2000.0
 """Assumed while no candidate has computed a prompt yet."""
@@ -21,11 +23,18 @@ PRIOR_STEP_TIME_S = 0.02
 MEAN_OUTPUT_TOKENS = 128
 """How long a sequence is assumed to hold its place, for what comes beyond `max_num_seqs`."""
 
-HARM = 2.0
-"""Those who come after wait for this request's uncached prompt too: it counts 1 + HARM times.
 
-2 to 4 was best on every trace tried in a simulator, for replicas that prefill first come, first served.
-"""
+@dataclass(frozen=True, slots=True)
+class Harm:
+    """What a second of a request's own prefill costs everybody else, in seconds.
+
+    `to_come`: all who arrive while the replica is busy with it, and those whose cached blocks it evicts. `waiting`:
+    each of the pending prompts that it goes before, where the replica prefills the shortest first. Capacity is flat
+    around these values on every trace tried (1 to 4, and 0.2 to 1, within 2 %).
+    """
+
+    to_come: float = 2.0
+    waiting: float = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +43,15 @@ class Rates:
 
     prefill_tokens_per_s: float | None
     step_time_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What is the same for all candidates of one decision. `homes`: see `Snapshot.homes`."""
+
+    rates: Rates
+    harm: Harm
+    homes: tuple[str, ...] = ()
 
 
 def comparable_rates(replicas: Sequence[ReplicaState]) -> Rates:
@@ -57,20 +75,27 @@ def matched_tokens(request: RouteRequest, num_blocks: int) -> int:
     return min(num_blocks * request.block_tokens, request.num_prompt_tokens - 1)
 
 
-def terms(request: RouteRequest, replica: ReplicaState, matched: int, rates: Rates) -> dict[str, float]:
+def terms(request: RouteRequest, replica: ReplicaState, matched: int, weights: Weights) -> dict[str, float]:
     """Expected seconds, by term, of running `request` there when `matched` of its prompt tokens are cached.
 
-    queue: prompt tokens ahead. decode: the running requests' share of each step until ours is through. prefill: our own
-    uncached tokens. places: waiting for one of `max_num_seqs` to end. memory: KV blocks that must be freed first.
-    crowding: slower steps for those who decode there. harm: our prefill, as those behind us feel it.
+    What it waits itself: queue: pending prompt tokens that go before it in the replica's own order. prefill: its own
+    uncached tokens. decode: the running requests' share of each step until it is through. places: for one of
+    `max_num_seqs` to end. memory: for KV blocks to be freed. adapter: for its LoRA adapter.
+    What others wait: harm: for its prefill. crowding: slower steps for those who decode there. stray: for adapters that
+    must make room, when it does not go where its adapter lives.
     """
+    rates, harm = weights.rates, weights.harm
     rate = rates.prefill_tokens_per_s or replica.prefill_tokens_per_s
-    step_s = rates.step_time_s or replica.step_time_s
     own = request.num_prompt_tokens - matched
-    ahead = replica.num_waiting_tokens + replica.num_sent_tokens
+    if replica.prefill_order == "shortest":
+        ahead, behind = ahead_and_behind(replica.waiting_sizes, own, "shortest")
+    else:
+        ahead, behind = replica.num_waiting_tokens + replica.num_sent_tokens, 0.0
+    own_s = own / rate
+    found = {"queue": ahead / rate, "prefill": own_s, "harm": (harm.to_come + harm.waiting * behind) * own_s}
     num_busy = replica.num_running + replica.num_waiting + replica.num_sent
-    found = {"queue": ahead / rate, "prefill": own / rate, "harm": HARM * own / rate}
     if num_busy:
+        step_s = rates.step_time_s or replica.step_time_s
         found["decode"] = step_s * (1 + (ahead + own) // replica.max_num_batched_tokens)
         found["crowding"] = step_s * num_busy / replica.max_num_seqs
         if num_busy >= replica.max_num_seqs:
@@ -79,4 +104,7 @@ def terms(request: RouteRequest, replica: ReplicaState, matched: int, rates: Rat
         short_tokens = ahead + own - replica.num_free_blocks * replica.block_size
         if short_tokens > 0 and replica.num_blocks:
             found["memory"] = short_tokens / rate
+    if request.adapter is not None:
+        found["adapter"] = adapter_wait_s(request, replica)
+        found["stray"] = stray_s(request, replica, weights.homes)
     return found

@@ -7,7 +7,6 @@ from typing import TypeAlias
 
 from xxhash import xxh3_64_intdigest
 
-from routing.cost import comparable_rates, matched_tokens, terms
 from routing.types import Candidate, Decision, ReplicaState, RouteRequest, Snapshot
 
 Policy: TypeAlias = Callable[[RouteRequest, Snapshot], Decision]
@@ -17,6 +16,7 @@ TIE_S = 0.001
 """Costs this close to the lowest are equal: nobody feels it, and noise must not scatter a prefix."""
 
 TOO_LONG = "prompt too long"
+NO_ADAPTERS = "no adapters"
 
 
 def unfit(request: RouteRequest, replica: ReplicaState) -> str | None:
@@ -34,33 +34,8 @@ def unfit(request: RouteRequest, replica: ReplicaState) -> str | None:
     if replica.num_blocks and request.num_prompt_tokens >= replica.num_blocks * replica.block_size:
         return TOO_LONG
     if request.adapter is not None and not replica.max_adapters:
-        return "no adapters"
+        return NO_ADAPTERS
     return None
-
-
-def least_wait(request: RouteRequest, snapshot: Snapshot) -> Decision:
-    """The replica with the least expected seconds to the first token, harm to others included (see `routing.cost`).
-
-    Among equals the prompt's first block decides (rendezvous hashing, Thaler and Ravishankar 1998), so that separate
-    ingresses warm the same replica.
-    """
-    refused, fit = split(request, snapshot.replicas)
-    if not fit:
-        return Decision(request.request_id, "least_wait", None, tuple(refused), "no replica can take it")
-    rates = comparable_rates(fit)
-    matched_blocks = snapshot.matched_blocks
-    weighed = []
-    costs = []
-    for replica in fit:
-        matched = matched_tokens(request, matched_blocks.get(replica.replica_id, 0))
-        seconds = terms(request, replica, matched, rates)
-        weighed.append(Candidate(replica.replica_id, matched, seconds))
-        costs.append(sum(seconds.values()))
-    bound = min(costs) + TIE_S
-    best = [c for c, cost in zip(weighed, costs, strict=True) if cost <= bound]
-    winner = best[0] if len(best) == 1 else rendezvous(request, best)
-    reason = "least expected wait" if len(best) == 1 else f"first block's choice among {len(best)} equal"
-    return Decision(request.request_id, "least_wait", winner.replica_id, (*weighed, *refused), reason)
 
 
 def split(request: RouteRequest, replicas: Sequence[ReplicaState]) -> tuple[list[Candidate], list[ReplicaState]]:

@@ -31,10 +31,14 @@ class Namespace:
 
 def block_hashes(prompt: bytes, block_tokens: int, namespace: Namespace) -> tuple[int, ...]:
     """One hash per full block of `block_tokens` packed ids, in prompt order; a partial last block has none."""
+    return block_hashes_after(namespace.root(), prompt, block_tokens)
+
+
+def block_hashes_after(previous: int, tokens: bytes, block_tokens: int) -> tuple[int, ...]:
+    """The hashes of the full blocks of packed `tokens` that follow the block, or the root, hashed `previous`."""
     num_bytes = block_tokens * TOKEN_BYTES
-    previous = namespace.root()
     hashes = []
-    for start in range(0, len(prompt) - num_bytes + 1, num_bytes):
-        previous = xxh3_64_intdigest(prompt[start : start + num_bytes], previous)
+    for start in range(0, len(tokens) - num_bytes + 1, num_bytes):
+        previous = xxh3_64_intdigest(tokens[start : start + num_bytes], previous)
         hashes.append(previous)
     return tuple(hashes)

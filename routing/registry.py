@@ -56,7 +56,8 @@ class Withdrawn(msgspec.Struct, frozen=True, kw_only=True, tag="withdrawn", tag_
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
     """What a replica is doing, for who is not connected to it (`warmgate status`). Ingresses hear it over the channel,
-    with every step: this copy is up to `announce_s` old."""
+    with every step: this copy is up to `announce_s` old. `num_prefix_blocks`: routing blocks in its prefix cache;
+    `kv_age_s`: seconds since Redis last took its word about that, None for one that has none to give."""
 
     num_running: int = 0
     num_waiting: int = 0
@@ -65,6 +66,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int = 0
     num_output_tokens: int = 0
     draining: bool = False
+    num_prefix_blocks: int = 0
+    kv_age_s: float | None = None
 
 
 _encode = msgspec.json.Encoder().encode

@@ -5,7 +5,7 @@ Structs rather than dataclasses: a decision over 64 replicas makes over a hundre
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import msgspec
 
@@ -13,7 +13,7 @@ import msgspec
 class RouteRequest(msgspec.Struct, frozen=True):
     """One request as routing sees it. `block_hashes`: chained prefix hashes, one per full routing block.
 
-    `excluded`: replicas that already failed this request.
+    `excluded`: replicas that already failed this request. `adapter_rank`: what the adapter's load time grows with.
     """
 
     request_id: str
@@ -25,6 +25,7 @@ class RouteRequest(msgspec.Struct, frozen=True):
     max_new_tokens: int
     tenant: str = ""
     excluded: frozenset[str] = frozenset()
+    adapter_rank: int = 8
 
 
 class ReplicaState(msgspec.Struct, frozen=True):
@@ -32,6 +33,10 @@ class ReplicaState(msgspec.Struct, frozen=True):
 
     `num_sent` / `num_sent_tokens`: requests and uncached prompt tokens this ingress sent that the pushed state
     cannot contain yet. `full`: it has as many requests as it should; to be chosen only when all are full.
+    `waiting_sizes`: prompts waiting or partly computed there, those this ingress sent included: bucket i holds (number,
+    uncached tokens left) of those with 2^i to 2^(i+1) - 1 left (see `routing.waiting`).
+    `adapters` (a set where many are asked for) are resident; `loading`, `adapter_queue_s`, `adapter_load_s` as in
+    `replicas.contract.EngineStats`, loads that this ingress asked for since included.
     """
 
     replica_id: str
@@ -46,7 +51,7 @@ class ReplicaState(msgspec.Struct, frozen=True):
     block_size: int = 16
     prefill_tokens_per_s: float = 0.0
     step_time_s: float = 0.0
-    adapters: tuple[str, ...] = ()
+    adapters: Collection[str] = ()
     max_adapters: int = 0
     num_sent: int = 0
     num_sent_tokens: int = 0
@@ -55,20 +60,30 @@ class ReplicaState(msgspec.Struct, frozen=True):
     prefill_order: str = "fcfs"
     max_num_batched_tokens: int = 512
     full: bool = False
+    waiting_sizes: tuple[tuple[int, int], ...] = ()
+    loading: tuple[tuple[str, float], ...] = ()
+    adapter_load_s: float = 0.0
+    adapter_queue_s: float = 0.0
 
 
 class Snapshot(msgspec.Struct, frozen=True):
     """All a policy may know besides the request: every replica of its model, and what the index says of the prompt.
 
     `matched_blocks`: leading routing blocks of the prompt a replica probably holds, by replica id (absent = none).
+    `held_blocks`: all blocks the index has of a replica, filled for those who read a mirror (`routing.policies`), whose
+    `matched_blocks` come in the order of `routing.mirror.Mirror.match`.
+    `guessed`: replicas whose matched blocks are no word of theirs, but inferred from what was sent to them.
     `turn` counts the decisions before this one, `draw` is uniform in [0, 1): a policy has no state and no randomness
-    of its own.
+    of its own. `homes`: replicas where the request's adapter should live, by demand (`routing.placement`).
     """
 
     replicas: tuple[ReplicaState, ...]
     matched_blocks: Mapping[str, int] = {}
     turn: int = 0
     draw: float = 0.0
+    held_blocks: Mapping[str, int] = {}
+    homes: tuple[str, ...] = ()
+    guessed: frozenset[str] = frozenset()
 
 
 class Candidate(msgspec.Struct, frozen=True):

@@ -10,6 +10,7 @@ from gateway.api.flow import Batch
 from gateway.api.sampling import Logprobs, SamplingFields
 from gateway.errors import ApiError, InternalError, from_fault
 from gateway.ledger import Outcome, UsageRecord
+from gateway.names import Named
 from gateway.prompt import Prompter
 from gateway.tenancy import Lease
 from gateway.types import Tenant
@@ -98,7 +99,7 @@ class Meter:
         self.route = route
         self.lease: Lease | None = None
         self.fields: SamplingFields | None = None
-        self.model_id = ""
+        self.named: Named | None = None
         self.num_prompt_tokens = 0
         self.num_completion_tokens = 0
         self.cached: list[int] = []
@@ -110,6 +111,12 @@ class Meter:
         self._outcome: Outcome = "ok"
         self._status = 200
         self._code: str | None = None
+
+    @property
+    def model_name(self) -> str:
+        """What the answer calls its model."""
+        assert self.named is not None, "resolved before anything is generated"
+        return self.named.shown
 
     def begin(self, call: Call, num_jobs: int) -> None:
         """Charges the prompts; raises RateLimitError."""
@@ -171,7 +178,8 @@ class Meter:
                 request_id=self.exchange.request_id,
                 client_request_id=client_id.decode() if client_id else None,
                 tenant=self.tenant.tenant_id,
-                model=self.model_id,
+                model="" if self.named is None else self.named.model.id,
+                adapter=None if self.named is None else self.named.adapter_id,
                 route=self.route,
                 stream=bool(fields and fields.stream),
                 outcome=self._outcome,

@@ -21,8 +21,9 @@ from gateway.api.fields import Body, ignored_header
 from gateway.api.flow import Batch, Flow, Writing, open_flow, relay
 from gateway.api.sampling import Limits, SamplingFields, choice_seed
 from gateway.errors import BadRequestError, UnavailableError
+from gateway.names import ModelNames, Named
 from gateway.prompt import Prompter
-from gateway.tenancy import check_model, narrowed_salt
+from gateway.tenancy import narrowed_salt
 from gateway.types import Gateway, Job, Tenant
 
 F = TypeVar("F", bound=SamplingFields)
@@ -30,15 +31,16 @@ F_contra = TypeVar("F_contra", bound=SamplingFields, contravariant=True)
 
 
 class Target:
-    """The model a request named, as its route needs it."""
+    """What a request named, as its route needs it: `model` is the adapter's base model when it named an adapter."""
 
-    def __init__(self, gateway: Gateway, tenant: Tenant, name: str) -> None:
+    def __init__(self, gateway: Gateway, tenant: Tenant, named: Named) -> None:
         self.tenant = tenant
-        self.model: ModelConfig = check_model(tenant, gateway.config.model_named(name), name)
+        self.named = named
+        self.model: ModelConfig = named.model
         self.prompter: Prompter = gateway.prompters[self.model.id]
         facts = gateway.dispatcher.facts(self.model.id)
         if facts is None:
-            raise UnavailableError(f"The model {name!r} has no replica yet. Please try again.", retry_after_s=5.0)
+            raise UnavailableError(f"The model {named.name!r} has no replica yet. Please try again.", retry_after_s=5.0)
         self.facts = facts
 
 
@@ -70,6 +72,7 @@ class Generation(Generic[F]):
         self._replica_headers = [b"x-warmgate-replica"]
         if gateway.config.http.worker_id_header:
             self._replica_headers.append(b"x-worker-id")
+        self._names = ModelNames(gateway.config, gateway.catalogue)
         self._fingerprints = {model.id: fingerprint(model) for model in gateway.config.models}
 
     async def __call__(self, exchange: Exchange) -> None:
@@ -111,11 +114,14 @@ class Generation(Generic[F]):
             exchange.extra_headers += ignored_header(ignored)
             meter.fields = fields
             fields.check()
-            target = Target(self._gateway, meter.tenant, fields.model)
-            meter.model_id = target.model.id
+            named = meter.named = self._names.resolve(meter.tenant, fields.model)
+            target = Target(self._gateway, meter.tenant, named)
             call = await self._route.prepare(fields, target)
             jobs = self._jobs(exchange.request_id, call, target)
             meter.begin(call, len(jobs))
+            if exchange.client_request_id is not None:
+                log = self._gateway.explainer.log
+                log.name(meter.tenant.tenant_id, exchange.client_request_id.decode(), exchange.request_id)
         finally:
             exchange.extra_headers += quota.headers()
         await self._run(exchange, meter, call, jobs)
@@ -124,7 +130,7 @@ class Generation(Generic[F]):
         identity = Identity(
             answer_id=f"{self._route.id_prefix}-{exchange.request_id}",
             created=int(self._gateway.wall()),
-            model=call.model.id,
+            model=meter.model_name,
             fingerprint=self._fingerprints[call.model.id],
         )
         in_flight = self._gateway.metrics.requests_in_flight.labels(call.model.id)
@@ -153,7 +159,7 @@ class Generation(Generic[F]):
         batch = await flow.begin()
         meter.take(batch)
         opening = chunks.write(batch)
-        exchange.extra_headers += self._answered_by(flow)
+        exchange.extra_headers += self._answered_by(flow, meter)
         await exchange.start(200, sse.HEADERS)
         if opening:
             await exchange.write(opening)
@@ -174,12 +180,14 @@ class Generation(Generic[F]):
         meter.check_complete()
         body = self._route.whole(call, identity, _best(choices, call))
         body["usage"] = meter.usage()
-        meter.exchange.extra_headers += self._answered_by(flow)
+        meter.exchange.extra_headers += self._answered_by(flow, meter)
         await meter.exchange.send(sse.encode(body))
 
-    def _answered_by(self, flow: Flow) -> list[Header]:
+    def _answered_by(self, flow: Flow, meter: Meter) -> list[Header]:
+        """Who answers, and how much of the prompts they had cached, as far as they have said."""
         replica_ids = ",".join(flow.replica_ids()).encode()
-        return [(name, replica_ids) for name in self._replica_headers]
+        cached = (b"x-warmgate-cached-tokens", b"%d" % meter.num_cached_tokens)
+        return [*((name, replica_ids) for name in self._replica_headers), cached]
 
     def _jobs(self, request_id: str, call: Call, target: Target) -> list[Job]:
         fields, gateway = call.fields, self._gateway
@@ -210,6 +218,8 @@ class Generation(Generic[F]):
                         prompt=prompt.ids,
                         sampling=sampling,
                         salt=salt,
+                        adapter=target.named.adapter_id,
+                        adapter_rank=target.named.adapter_rank,
                         priority=priority,
                         deadline=deadline,
                         num_bytes=len(prompt.ids) + _JOB_BYTES,

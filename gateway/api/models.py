@@ -1,44 +1,40 @@
-"""GET /v1/models and /v1/models/{id}: the models a tenant may name, aliases included."""
+"""GET /v1/models and /v1/models/{id}: what a tenant may name: models, their aliases, adapters."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from configs.schema import ModelConfig
 from gateway.api.exchange import Exchange
+from gateway.names import ModelNames, Named
 from gateway.sse import encode
-from gateway.tenancy import check_model
 from gateway.types import Gateway
 
 
 class Models:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
+        self._names = ModelNames(gateway.config, gateway.catalogue)
 
     async def list_all(self, exchange: Exchange) -> None:
         tenant = self._gateway.tenants.authenticate(exchange.header(b"authorization"))
-        data = [
-            self._card(name, model)
-            for model in self._gateway.config.models
-            if tenant.allows(model.id)
-            for name in (model.id, *model.aliases)
-        ]
+        data = [self._card(named) for named in self._names.listed(tenant)]
         await exchange.send(encode({"object": "list", "data": data}))
 
     async def get_one(self, exchange: Exchange) -> None:
         tenant = self._gateway.tenants.authenticate(exchange.header(b"authorization"))
         name: str = exchange.scope["path_params"]["model_id"]
-        model = check_model(tenant, self._gateway.config.model_named(name), name)
-        await exchange.send(encode(self._card(name, model)))
+        await exchange.send(encode(self._card(self._names.resolve(tenant, name))))
 
-    def _card(self, name: str, model: ModelConfig) -> dict[str, Any]:
+    def _card(self, named: Named) -> dict[str, Any]:
+        """An adapter has its base model as `parent` and, where vLLM shows a path, its version as `root`."""
+        model, adapter_id = named.model, named.adapter_id
         facts = self._gateway.dispatcher.facts(model.id)
         return {
-            "id": name,
+            "id": named.name,
             "object": "model",
             "created": int(self._gateway.started_at),
             "owned_by": "warmgate",
-            "root": model.id,
-            "parent": None,
+            "root": adapter_id or model.id,
+            "parent": model.id if adapter_id else None,
             "max_model_len": facts.max_model_len if facts else None,
         }

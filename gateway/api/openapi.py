@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -11,6 +12,7 @@ import msgspec
 from gateway.api.chat import ChatRequest
 from gateway.api.completions import CompletionRequest
 from gateway.api.tokenize import DetokenizeRequest, TokenizeChatRequest, TokenizePromptRequest
+from gateway.decisions import Explanation
 
 _ERROR = {
     "type": "object",
@@ -37,11 +39,15 @@ _POSTS: dict[str, tuple[str, tuple[type[msgspec.Struct], ...]]] = {
 _GETS = {
     "/v1/models": "Models you may use",
     "/v1/models/{model_id}": "One model",
+    "/v1/routing/decisions/{request_id}": "Why a request of yours went where it went",
     "/health": "This process answers",
     "/ready": "Every model has a ready replica",
     "/version": "Version of this server",
     "/metrics": "Prometheus metrics",
 }
+_ANSWERS: dict[str, type[msgspec.Struct]] = {"/v1/routing/decisions/{request_id}": Explanation}
+"""What a path answers, where the shape is ours alone."""
+
 _REF = "#/components/schemas/{name}"
 
 
@@ -49,6 +55,7 @@ _REF = "#/components/schemas/{name}"
 def document() -> dict[str, Any]:
     """The document that /openapi.json serves."""
     types = [request_type for _, request_types in _POSTS.values() for request_type in request_types]
+    types += _ANSWERS.values()
     _, schemas = msgspec.json.schema_components(types, ref_template=_REF)
     return {
         "openapi": "3.1.0",
@@ -80,8 +87,13 @@ def _get(path: str) -> dict[str, Any]:
         "operationId": path.strip("/").replace("/", "_").replace("{", "").replace("}", ""),
         "responses": _responses(),
     }
-    if "{model_id}" in path:
-        operation["parameters"] = [{"name": "model_id", "in": "path", "required": True, "schema": {"type": "string"}}]
+    operation["parameters"] = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in re.findall(r"{(\w+)}", path)
+    ]
+    if path in _ANSWERS:
+        schema = {"$ref": _REF.format(name=_ANSWERS[path].__name__)}
+        operation["responses"]["200"]["content"] = {"application/json": {"schema": schema}}
     return operation
 
 

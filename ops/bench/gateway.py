@@ -138,13 +138,13 @@ async def vllm_router(step_s: float) -> AsyncIterator[Front]:
     try:
         assert mock.stdout is not None
         upstream = msgspec.json.decode(await mock.stdout.readline())["url"]
-        port = _free_port()
+        port = free_port()
         router = await asyncio.create_subprocess_exec(
             *(str(venv.program("vllm-router")), "--worker-urls", upstream, "--host", "127.0.0.1", "--port", str(port)),
-            *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(_free_port()), "--log-level", "warning"),
+            *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port()), "--log-level", "warning"),
             stdout=asyncio.subprocess.DEVNULL,
         )
-        await _answers(f"http://127.0.0.1:{port}/health")
+        await answers(f"http://127.0.0.1:{port}/health")
         yield Front(port, MODEL, {"ingress": [router.pid], "replicas": [mock.pid]})
     finally:
         for process in (router, mock):
@@ -153,13 +153,13 @@ async def vllm_router(step_s: float) -> AsyncIterator[Front]:
                 await process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-async def _answers(url: str) -> None:
+async def answers(url: str) -> None:
     """Returns when a server answers 200 there; at most half a minute."""
     async with httpx.AsyncClient() as client, asyncio.timeout(30):
         while True:

@@ -60,7 +60,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """A limit on a figure: `at_least` or `at_most` `limit`."""
+    """A limit on a figure: `at_least` or `at_most` `limit`, or `within` that share of 1."""
 
     kind: str
     limit: float
@@ -73,7 +73,13 @@ class Goal:
     def at_most(cls, limit: float) -> Goal:
         return cls("≤", limit)
 
+    @classmethod
+    def within(cls, share: float) -> Goal:
+        return cls("1 ±", share)
+
     def met_by(self, value: float) -> bool:
+        if self.kind == "1 ±":
+            return abs(value - 1) <= self.limit
         return value >= self.limit if self.kind == "≥" else value <= self.limit
 
     def __str__(self) -> str:

@@ -178,7 +178,7 @@ def judge(spec: LoadSpec, calls: Sequence[Call], wall_s: float) -> LoadResult:
         num_ok += 1
         num_events += answer.num_events
         num_tokens += answer.num_tokens
-        ttfts.append(_arrival(call.pieces, answer.first_end) - call.intended_s)
+        ttfts.append(arrival_of(call.pieces, answer.first_end) - call.intended_s)
         latencies.append(call.pieces[-1][0] - call.intended_s)
         times = [at for at, _ in call.pieces]
         gaps += [later - earlier for earlier, later in pairwise(times)]
@@ -197,7 +197,7 @@ def judge(spec: LoadSpec, calls: Sequence[Call], wall_s: float) -> LoadResult:
     )
 
 
-def _arrival(pieces: Sequence[tuple[float, bytes]], offset: int) -> float:
+def arrival_of(pieces: Sequence[tuple[float, bytes]], offset: int) -> float:
     """When the byte before `offset` came."""
     seen = 0
     for at, piece in pieces:

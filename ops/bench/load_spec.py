@@ -117,11 +117,16 @@ class AnswerError(Exception):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """A streamed answer that was read to its end. `first_end`: offset just past its first event with text."""
+    """A streamed answer that was read to its end. `first_end`: offset just past its first event with text.
+
+    `num_prompt` and `num_cached` are what usage says of the prompt's tokens, 0 where it says nothing.
+    """
 
     num_events: int
     num_tokens: int
     first_end: int
+    num_prompt: int = 0
+    num_cached: int = 0
 
 
 class _Choice(msgspec.Struct):
@@ -130,8 +135,18 @@ class _Choice(msgspec.Struct):
     finish_reason: str | None = None
 
 
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
 class _Usage(msgspec.Struct):
     completion_tokens: int = 0
+    prompt_tokens: int = 0
+    prompt_tokens_details: _Details | None = None
+
+    @property
+    def num_cached(self) -> int:
+        return (self.prompt_tokens_details.cached_tokens or 0) if self.prompt_tokens_details else 0
 
 
 class _Event(msgspec.Struct):
@@ -149,14 +164,14 @@ def read_answer(body: bytes, num_tokens: int) -> Answer:
     *events, rest = body.split(b"\n\n")
     if rest or not events or events[-1] != b"data: [DONE]":
         raise AnswerError(f"the stream ends in {body[-60:]!r}, not in [DONE]")
-    num_events, tokens, offset, first_end, reasons = 0, None, 0, None, []
+    num_events, offset, first_end, reasons = 0, 0, None, []
+    usage: _Usage | None = None
     for raw in events[:-1]:
         offset += len(raw) + 2
         event = _EVENTS.decode(raw.removeprefix(b"data: "))
         if event.error is not None:
             raise AnswerError(f"error event: {event.error}")
-        if event.usage is not None:
-            tokens = event.usage.completion_tokens
+        usage = event.usage or usage
         for choice in event.choices:
             num_events += 1
             reasons += [choice.finish_reason] if choice.finish_reason else []
@@ -164,6 +179,6 @@ def read_answer(body: bytes, num_tokens: int) -> Answer:
                 first_end = offset
     if len(reasons) != 1 or first_end is None:
         raise AnswerError(f"finish reasons {reasons} instead of exactly one")
-    if tokens != num_tokens:
-        raise AnswerError(f"{tokens} tokens in usage, asked for {num_tokens}")
-    return Answer(num_events, num_tokens, first_end)
+    if usage is None or usage.completion_tokens != num_tokens:
+        raise AnswerError(f"{usage and usage.completion_tokens} tokens in usage, asked for {num_tokens}")
+    return Answer(num_events, num_tokens, first_end, usage.prompt_tokens, usage.num_cached)

@@ -165,12 +165,16 @@ class MockVllm:
         counts.running += 1
         watcher = asyncio.create_task(exchange.watch())
         try:
-            await (self._stream if body.stream else self._whole)(exchange, generation)
+            await self._answer(exchange, body, generation)
         finally:
             counts.running -= 1
             watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await watcher
+
+    async def _answer(self, exchange: Exchange, body: GenerationBody, generation: Generation) -> None:
+        """Writes an accepted request's answer."""
+        await (self._stream if body.stream else self._whole)(exchange, generation)
 
     def _refusal(self, body: GenerationBody) -> tuple[int, bytes] | None:
         if body.model not in (None, self.behaviour.model):

@@ -63,7 +63,10 @@ def word(index: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One answer to write. `num_tokens` per choice; `finish_reason` of every choice."""
+    """One answer to write. `num_tokens` per choice; `finish_reason` of every choice.
+
+    `num_cached`: prompt tokens from the prefix cache; None where there is none, and usage then has no details.
+    """
 
     kind: Literal["chat", "completion"]
     response_id: str
@@ -74,6 +77,7 @@ class Generation:
     num_tokens: int
     finish_reason: Literal["stop", "length"]
     options: StreamOptions
+    num_cached: int | None = None
 
     def usage(self, num_tokens: int) -> dict[str, Any]:
         produced = num_tokens * self.num_choices
@@ -81,7 +85,7 @@ class Generation:
             "prompt_tokens": self.num_prompt_tokens,
             "total_tokens": self.num_prompt_tokens + produced,
             "completion_tokens": produced,
-            "prompt_tokens_details": None,
+            "prompt_tokens_details": None if self.num_cached is None else {"cached_tokens": self.num_cached},
         }
 
     def whole(self) -> bytes:

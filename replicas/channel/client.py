@@ -17,6 +17,7 @@ from replicas.channel.frames import (
     Frame,
     Open,
     Pause,
+    Ping,
     ReplicaFrame,
     Resume,
     Step,
@@ -224,6 +225,10 @@ class ReplicaLink:
         stream = self._streams[request.request_id] = DeltaStream(self, request)
         self._connection.send_encoded(frame)
         return stream
+
+    def prefetch(self, adapter_id: str) -> None:
+        """Tells the replica that a request for the adapter will come. Nothing happens once the link is down."""
+        self.send(Ping((adapter_id,)))
 
     async def close(self) -> None:
         """Aborts what is open (its readers get LinkLostError) and closes the connection. Idempotent."""

@@ -99,7 +99,9 @@ class Resume(msgspec.Struct, frozen=True, array_like=True, tag=19):
 
 
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag=20):
-    """The ingress lives."""
+    """The ingress lives. `adapters`: requests for them will come soon."""
+
+    adapters: tuple[str, ...] = ()
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, tag=32):

@@ -74,6 +74,10 @@ class Host(Protocol):
 
     def abort(self, stream: Stream) -> None: ...
 
+    def prefetch(self, adapter_id: str) -> None:
+        """A request for this adapter will come soon."""
+        ...
+
     def settled(self) -> None:
         """A stream has left `connection.streams`."""
         ...
@@ -144,8 +148,9 @@ class IngressConnection(FrameProtocol):
                     stream.paused = True
             case Resume(request_id, attempt):
                 self._on_resume(request_id, attempt)
-            case Ping():
-                pass
+            case Ping(adapters):
+                for adapter_id in adapters:
+                    self._host.prefetch(adapter_id)
 
     def _on_open(self, request: GenerateRequest) -> None:
         older = self.streams.get(request.request_id)

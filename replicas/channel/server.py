@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -34,11 +34,19 @@ def _to_log(records: Sequence[UsageRecord]) -> None:
         log.warning("usage of a lost request: %s", record)
 
 
+def _ignore(adapter_id: str) -> None:
+    """The default prefetch."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerOptions(ChannelOptions):
-    """`journal` gets the usage of requests whose ingress vanished; `max_handshakes` bounds unauthenticated peers."""
+    """`journal` gets the usage of requests whose ingress vanished; `max_handshakes` bounds unauthenticated peers.
+
+    `prefetch` hears of adapters that ingresses will want soon.
+    """
 
     journal: Journal = _to_log
+    prefetch: Callable[[str], None] = _ignore
     max_handshakes: int = 64
     close_s: float = 1.0
 
@@ -92,13 +100,17 @@ class ChannelServer:
     async def drain(self) -> None:
         """Refuses new requests (`draining`, retryable), tells every ingress, returns when none is open."""
         self.draining = True
-        beat = Beat(self.stats())
-        for connection in self._connections:
-            connection.send(beat)
+        self.announce()
         await self._engine.drain()
         while self.num_open:
             self._settled.clear()
             await self._settled.wait()
+
+    def announce(self) -> None:
+        """Tells every ingress the load now, rather than with the next step or heartbeat."""
+        beat = Beat(self.stats())
+        for connection in self._connections:
+            connection.send(beat)
 
     async def close(self) -> None:
         """Ends open requests with `engine_dead`, sends what is written, stops listening. Idempotent."""
@@ -227,6 +239,10 @@ class ChannelServer:
     def abort(self, stream: Stream) -> None:
         if self._streams.pop(stream.engine_id, None) is not None:
             self._engine.abort(stream.engine_id)
+
+    def prefetch(self, adapter_id: str) -> None:
+        if not self.draining:
+            self.options.prefetch(adapter_id)
 
     def settled(self) -> None:
         self._settled.set()

@@ -26,7 +26,7 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from replicas.contract import BlocksEvicted, BlocksStored, CacheCleared, KvEvent
 
@@ -46,6 +46,17 @@ class CachedBlock:
     parent: Parent
     tokens: bytes
     namespace: str
+
+
+class Reach(NamedTuple):
+    """How far the cache holds a prompt: so many blocks, the last being `block_id` under `uid`."""
+
+    num_blocks: int
+    block_id: int
+    uid: int
+
+
+NOWHERE = Reach(0, 0, 0)
 
 
 class BlockPool:
@@ -85,6 +96,11 @@ class BlockPool:
         """Blocks in the prefix cache, idle or used."""
         return len(self._cached)
 
+    @property
+    def next_seq(self) -> int:
+        """The `seq` that the next event will have."""
+        return self._next_seq
+
     def num_idle(self, block_ids: Iterable[int]) -> int:
         """How many of these nobody holds: acquiring them takes as many from `num_free`."""
         refs = self._refs
@@ -117,6 +133,24 @@ class BlockPool:
             found.append(block_id)
             parent = self._cached[block_id].uid
         return found
+
+    def reach(self, namespace: str, tokens: array[int], seen: Reach = NOWHERE) -> Reach:
+        """How far `tokens` are cached, given how far they were when last looked at: O(1) when little has changed.
+
+        A cached block's ancestors are cached too, so of those seen only the last need be looked at.
+        """
+        entry = self._cached.get(seen.block_id) if seen.num_blocks else None
+        if entry is None or entry.uid != seen.uid:
+            seen = NOWHERE
+        parent: Parent = seen.uid if seen.num_blocks else namespace
+        size = self.block_size
+        for i in range(seen.num_blocks, len(tokens) // size):
+            block_id = self._by_key.get((parent, tokens[i * size : (i + 1) * size].tobytes()))
+            if block_id is None:
+                break
+            parent = uid = self._cached[block_id].uid
+            seen = Reach(i + 1, block_id, uid)
+        return seen
 
     def acquire(self, block_ids: Iterable[int]) -> None:
         """Takes one more reference to each: they cannot be evicted until freed."""

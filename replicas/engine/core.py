@@ -31,19 +31,23 @@ class Runner(Protocol):
 
 
 class AdapterStore(Protocol):
-    """Runners that can apply LoRA adapters have one. Called from the engine's thread."""
+    """Runners that can apply LoRA adapters have one: a fixed number of slots, filled and emptied as told."""
 
     @property
     def resident(self) -> tuple[str, ...]:
-        """Ids of the adapters that a step can use without loading, least recently used first."""
+        """Ids of the adapters that a step can use, least recently used first. On the engine's thread, like the rest."""
         ...
 
-    def load(self, adapter: AdapterSpec) -> None:
-        """Makes an adapter usable; may take long. Raises EngineError when it cannot."""
+    def read(self, adapter: AdapterSpec) -> Callable[[], None]:
+        """The slow part of a load, on any thread, beside steps and other loads.
+
+        Returns what puts the adapter into a free slot, to be called between two steps; that raises EngineError when no
+        slot is free. Raises EngineError when the adapter cannot be read or does not fit this engine.
+        """
         ...
 
     def unload(self, adapter_id: str) -> None:
-        """Forgets an adapter; no-op when unknown."""
+        """Empties the adapter's slot; no-op when it has none."""
         ...
 
 
@@ -91,16 +95,21 @@ class EngineCore:
         if plan.items:
             self._num_steps += 1
             self._rates.observe(plan, self._clock() - started)
+            self.scheduler.ranking.prefill_tokens_per_s = self._rates.prefill_tokens_per_s
         return deltas
 
     def load_adapter(self, adapter: AdapterSpec) -> None:
         """Makes an adapter usable. Raises EngineError when this engine has none, or cannot load it."""
+        self.read_adapter(adapter)()
+
+    def read_adapter(self, adapter: AdapterSpec) -> Callable[[], None]:
+        """See `AdapterStore.read`."""
         if self.adapters is None:
             raise EngineError(f"this engine has no adapters: {adapter.adapter_id}")
-        self.adapters.load(adapter)
+        return self.adapters.read(adapter)
 
     def unload_adapter(self, adapter_id: str) -> None:
-        """Forgets an adapter. Raises EngineError while requests use it."""
+        """Empties an adapter's slot. Raises EngineError while requests use it."""
         if self.adapters is None:
             return
         num_open = self.scheduler.num_open_with(adapter_id)
@@ -124,6 +133,7 @@ class EngineCore:
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             num_waiting_tokens=scheduler.num_waiting_tokens,
+            waiting_sizes=scheduler.waiting_sizes,
             num_free_blocks=scheduler.pool.num_free,
             num_blocks=scheduler.pool.num_blocks,
             num_steps=self._num_steps,
@@ -134,6 +144,7 @@ class EngineCore:
             prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
             step_time_s=self._rates.step_time_s,
             adapters=self.adapters.resident if self.adapters else (),
+            kv_seq=scheduler.pool.next_seq,
         )
 
     def kv_events(self) -> list[KvEvent]:

@@ -20,7 +20,7 @@ class SchedulerConfig:
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
     max_waiting: int = 1024
-    order: OrderName = "fcfs"
+    order: OrderName = "shortest"
     prefix_caching: bool = True
     max_adapters: int = 0
 

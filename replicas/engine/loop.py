@@ -54,6 +54,7 @@ class ThreadedEngine:
         self._clock = clock
         self._sink: StepSink | None = None
         self._facts: EngineFacts | None = None
+        self._core: EngineCore | None = None
         self._max_open = 0
         self._open: dict[str, int] = {}  # request id → attempt
         self._busy_since = 0.0
@@ -88,6 +89,7 @@ class ThreadedEngine:
         except Exception as error:
             raise EngineError(f"the engine did not start: {type(error).__name__}: {error}") from error
         self._facts = built.facts
+        self._core = built.core
         limits = built.core.scheduler.config
         self._max_open = limits.max_num_seqs + limits.max_waiting
         self._watch_progress()
@@ -109,8 +111,14 @@ class ThreadedEngine:
             self._thread.send(Abort(request_id))
 
     async def load_adapter(self, adapter: AdapterSpec) -> None:
-        """Makes an adapter usable. Raises EngineError when the engine has no adapters or cannot load it."""
-        await self._call(lambda core: core.load_adapter(adapter))
+        """Makes an adapter usable: reads it beside the steps, and puts it into its slot between two of them.
+
+        Raises EngineError when the engine has no adapters, no free slot, or cannot load it.
+        """
+        if self._core is None:
+            raise EngineDeadError("the engine is not running")
+        install = await asyncio.to_thread(self._core.read_adapter, adapter)
+        await self._call(lambda core: install())
         self._adapters.add(adapter.adapter_id)
 
     async def unload_adapter(self, adapter_id: str) -> None:

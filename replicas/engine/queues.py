@@ -3,61 +3,82 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import OrderedDict
 from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
-from itertools import pairwise
+from itertools import count, islice, pairwise
+from typing import TypeAlias
 
 from replicas.engine.order import OrderKey
 from replicas.engine.sequence import Sequence
 
 _MIN_STALE = 64
 
+_Entry: TypeAlias = tuple[OrderKey, int, Sequence]
+"""(key, number of the entry, sequence)."""
+
 
 class WaitingQueue:
-    """A priority queue, O(log n) an operation, that can lose members from the middle (abort, deadline).
+    """A priority queue, O(log n) an operation, whose members may leave (abort, deadline) or move in the middle.
 
-    Removed members stay in the heaps until they surface or outnumber the living; `_members` is the truth.
+    What has left or moved stays in the heaps until it surfaces or outnumbers the living; `_members` is the truth.
     """
 
     def __init__(self) -> None:
-        self._members: dict[str, Sequence] = {}
-        self._heap: list[tuple[OrderKey, Sequence]] = []
-        self._deadlines: list[tuple[float, OrderKey, Sequence]] = []
-        self.num_tokens = 0
+        self._members: OrderedDict[str, _Entry] = OrderedDict()
+        self._heap: list[_Entry] = []
+        self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._numbers = count()
 
     def __len__(self) -> int:
         return len(self._members)
 
     def __contains__(self, seq: Sequence) -> bool:
-        return self._members.get(seq.request_id) is seq
+        entry = self._members.get(seq.request_id)
+        return entry is not None and entry[2] is seq
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """Every member, in no useful order."""
+        return (entry[2] for entry in self._members.values())
 
     def push(self, seq: Sequence) -> None:
         """Adds a sequence. A deadline is watched until the first step it runs in."""
-        self._members[seq.request_id] = seq
-        self.num_tokens += seq.num_tokens
-        self._compact()
-        heappush(self._heap, (seq.order_key, seq))
+        self.move(seq)
         deadline_s = seq.request.deadline_s
         if deadline_s is not None and seq.num_preemptions == 0:
-            heappush(self._deadlines, (seq.arrival + deadline_s, seq.order_key, seq))
+            heappush(self._deadlines, (seq.arrival + deadline_s, next(self._numbers), seq))
+
+    def move(self, seq: Sequence) -> None:
+        """Puts a sequence where its key says now."""
+        entry = (seq.order_key, next(self._numbers), seq)
+        self._members[seq.request_id] = entry
+        self._compact()
+        heappush(self._heap, entry)
 
     def peek(self) -> Sequence | None:
         """The sequence that goes next."""
-        while self._heap and self._heap[0][1] not in self:
+        while self._heap and not self._is_current(self._heap[0]):
             heappop(self._heap)
-        return self._heap[0][1] if self._heap else None
+        return self._heap[0][2] if self._heap else None
+
+    def in_turn(self, num: int) -> list[Sequence]:
+        """The next so many members, so that in time everyone has its turn."""
+        taken = list(islice(self, num))
+        for seq in taken:
+            self._members.move_to_end(seq.request_id)
+        return taken
 
     def pop(self) -> Sequence:
         """Takes out the sequence that goes next; it may be pushed again (preemption)."""
         seq = self.peek()
         assert seq is not None, "nothing waits"
         heappop(self._heap)
-        self._forget(seq)
+        del self._members[seq.request_id]
         return seq
 
     def remove(self, seq: Sequence) -> None:
         """Takes a member out for good, from wherever it is."""
-        self._forget(seq)
+        del self._members[seq.request_id]
 
     def expired(self, now: float) -> list[Sequence]:
         """Members whose deadline has passed, each at most once; they stay until removed."""
@@ -69,20 +90,19 @@ class WaitingQueue:
         return late
 
     def check(self) -> None:
-        """Asserts that counts agree and that every member can be found."""
-        assert self.num_tokens == sum(seq.num_tokens for seq in self._members.values())
-        in_heap = [seq for _, seq in self._heap if seq in self]
+        """Asserts that every member can be found, at its place."""
+        in_heap = [entry for entry in self._heap if self._is_current(entry)]
         assert len(in_heap) == len(self._members), "a member is missing from the heap, or there twice"
+        assert all(key == seq.order_key for key, _, seq in in_heap), "a key has changed, and nobody was told"
 
-    def _forget(self, seq: Sequence) -> None:
-        del self._members[seq.request_id]
-        self.num_tokens -= seq.num_tokens
+    def _is_current(self, entry: _Entry) -> bool:
+        return self._members.get(entry[2].request_id) is entry
 
     def _compact(self) -> None:
         """Keeps the heaps within twice the members (amortised O(1))."""
         limit = 2 * len(self._members) + _MIN_STALE
         if len(self._heap) > limit:
-            self._heap = [entry for entry in self._heap if entry[1] in self]
+            self._heap = [entry for entry in self._heap if self._is_current(entry)]
             heapify(self._heap)
         if len(self._deadlines) > limit:
             self._deadlines = [entry for entry in self._deadlines if entry[2] in self]

@@ -12,35 +12,27 @@ Blocks. A request is admitted when the blocks of all its known tokens are free b
 promised, and are taken chunk by chunk as they are filled. Decodes grow beyond that; when no block is left, the running
 sequence that is last in the order gives up its blocks and waits again at its old place. The first in the order is
 never preempted for another, and alone it fits (else it was refused), so it always ends: no deadlock, no livelock.
-
-Copy-on-write happens in one place: a prompt found whole in the cache must still compute its last token, to have logits,
-and that token's KV goes into a copy of the last block: cached blocks never change.
+So a prompt that is due sooner goes ahead of one that is half computed, which keeps its blocks and goes on afterwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from replicas.contract import Fault, GenerateRequest, RefusedError, StepDelta
 from replicas.engine.block_pool import BlockPool
 from replicas.engine.limits import SchedulerConfig, context_length
-from replicas.engine.order import ORDERS, OrderKey, order_key
+from replicas.engine.order import OrderKey
 from replicas.engine.outcome import finish, terminal
+from replicas.engine.placing import Draft, Placing, blocks_for
 from replicas.engine.queues import RunningSet, WaitingQueue
+from replicas.engine.ranking import Ranking
 from replicas.engine.sequence import Plan, PlanItem, Sampled, Sequence, StepResult
 
 __all__ = ["Scheduler", "SchedulerConfig"]
 
-
-@dataclass(slots=True)
-class _Draft:
-    """A plan in the making. `promised`: blocks that running sequences still need for tokens they already have."""
-
-    budget: int
-    items: dict[str, PlanItem] = field(default_factory=dict)
-    copies: dict[str, tuple[int, int]] = field(default_factory=dict)
-    promised: int = 0
+REFRESHED_PER_STEP = 4
+"""How many waiting requests a step looks up in the prefix cache again, in turn."""
 
 
 class Scheduler:
@@ -54,16 +46,14 @@ class Scheduler:
         self.max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
-        self.num_cached_tokens = 0
         self.num_output_tokens = 0
+        self.ranking = Ranking(config, pool)
         self._clock = clock
-        self._due = ORDERS[config.order]
-        self._num_added = 0
+        self._placing = Placing(pool, config.prefix_caching)
         self._open: dict[str, Sequence] = {}
         self._waiting = WaitingQueue()
         self._running = RunningSet()
-        self._pending: list[StepDelta] = []
-        self._copy_sources: list[int] = []  # held until the copies of the last plan are made
+        self._undelivered: list[StepDelta] = []
 
     @property
     def num_running(self) -> int:
@@ -75,8 +65,18 @@ class Scheduler:
 
     @property
     def num_waiting_tokens(self) -> int:
-        """Tokens to compute before all open requests decode; cache hits of waiting ones are not known yet."""
-        return self._waiting.num_tokens + sum(n for seq in self._running if (n := _remaining(seq)) > 1)
+        """Tokens to compute before all open requests decode, but for those that the cache holds."""
+        return self.ranking.pending.num_tokens
+
+    @property
+    def waiting_sizes(self) -> tuple[tuple[int, int], ...]:
+        """See `EngineStats.waiting_sizes`."""
+        return self.ranking.pending.sizes
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens that came from the cache, of all requests so far."""
+        return self._placing.num_cached_tokens
 
     @property
     def running(self) -> tuple[Sequence, ...]:
@@ -84,7 +84,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._open or self._pending)
+        return bool(self._open or self._undelivered)
 
     def num_open_with(self, adapter_id: str) -> int:
         """Open requests of one adapter."""
@@ -100,16 +100,14 @@ class Scheduler:
         if len(self._waiting) >= self.config.max_waiting:
             message = f"the engine's queue is full: {len(self._waiting)} requests wait"
             raise RefusedError(Fault("overloaded", message, retryable=True))
-        now = self._clock()
-        seq = Sequence.from_request(request, now)
-        seq.order_key = order_key(self._due(request, now), request.fair_tag, self._num_added)
-        self._num_added += 1
+        seq = Sequence.from_request(request, self._clock())
         self.num_prompt_tokens += seq.num_prompt
         ended = finish(seq, self.config, self.max_len)
         if ended is not None:  # an earlier attempt had come to the end already
-            self._pending.append(terminal(seq, ended[0], stop_reason=ended[1]))
+            self._undelivered.append(terminal(seq, ended[0], stop_reason=ended[1]))
             return
         self._open[seq.request_id] = seq
+        self.ranking.enter(seq)
         self._waiting.push(seq)
 
     def abort(self, request_id: str) -> None:
@@ -117,27 +115,29 @@ class Scheduler:
         seq = self._open.get(request_id)
         if seq is not None:
             self._end(seq)
-            self._pending.append(terminal(seq, "abort"))
+            self._undelivered.append(terminal(seq, "abort"))
 
     def fail(self, fault: Fault) -> list[StepDelta]:
         """Ends every open request with `fault`; returns their terminal deltas and those still undelivered."""
-        deltas, self._pending = self._pending, []
+        deltas, self._undelivered = self._undelivered, []
         for seq in list(self._open.values()):
             self._end(seq)
             deltas.append(terminal(seq, "error", fault=fault))
-        self._release_copy_sources()
+        self._placing.release_copies()
         return deltas
 
     def plan(self) -> Plan:
         """The next step. Its tokens are computed and committed before the next call."""
-        self._release_copy_sources()
+        self._placing.release_copies()
         self._expire()
-        draft = _Draft(self.config.max_num_batched_tokens)
-        for seq in [seq for seq in self._running if _remaining(seq) == 1]:
+        for seq in self._waiting.in_turn(REFRESHED_PER_STEP):
+            self._refresh(seq)
+        draft = Draft(self.config.max_num_batched_tokens)
+        for seq in [seq for seq in self._running if seq.num_remaining == 1]:
             if seq in self._running:  # else an earlier decode took its blocks
                 self._compute(draft, seq)
-        catching_up = [seq for seq in self._running if _remaining(seq) > 1]
-        draft.promised = sum(self._blocks_for(seq.num_tokens) - len(seq.block_ids) for seq in catching_up)
+        catching_up = [seq for seq in self._running if seq.num_remaining > 1]
+        draft.promised = sum(self._num_blocks(seq.num_tokens) - len(seq.block_ids) for seq in catching_up)
         for seq in catching_up:
             self._admit_before(draft, seq.order_key)
             if draft.budget == 0:
@@ -150,8 +150,8 @@ class Scheduler:
 
     def commit(self, plan: Plan, result: StepResult) -> list[StepDelta]:
         """Takes in what a plan computed: tokens, cache entries, ends. Requests aborted meanwhile are skipped."""
-        self._release_copy_sources()
-        deltas, self._pending = self._pending, []
+        self._placing.release_copies()
+        deltas, self._undelivered = self._undelivered, []
         sampled = iter(result.sampled)
         for item in plan.items:
             token = next(sampled) if item.samples else None
@@ -159,11 +159,13 @@ class Scheduler:
             if self._open.get(seq.request_id) is not seq:
                 continue
             seq.num_computed = item.start + item.num_tokens
-            if self._wants_prompt_logprobs(seq):
+            if seq.wants_prompt_logprobs:
                 seq.prompt_logprobs.extend(result.prompt_logprobs.get(seq.request_id, ()))
             self._register(seq)
             if token is not None:
                 deltas.append(self._append(seq, token))
+            else:
+                self.ranking.progressed(seq)
         return deltas
 
     def check(self) -> None:
@@ -178,16 +180,18 @@ class Scheduler:
             assert not waits or (not seq.block_ids and seq.num_computed == 0 and seq.num_registered == 0)
             assert seq.num_computed < seq.num_tokens <= self.max_len
             assert seq.num_computed <= len(seq.block_ids) * self.pool.block_size
-            assert len(seq.block_ids) <= self._blocks_for(seq.num_tokens)
+            assert len(seq.block_ids) <= self._num_blocks(seq.num_tokens)
             assert seq.num_registered * self.pool.block_size <= seq.num_computed or not self.config.prefix_caching
-        self.pool.check([*(seq.block_ids for seq in self._running), self._copy_sources])
+        left = {seq.request_id: seq.num_remaining for seq in self._running if seq.num_remaining > 1}
+        self.ranking.pending.check(left | {seq.request_id: seq.standing.num_expected for seq in self._waiting})
+        self.pool.check([*(seq.block_ids for seq in self._running), self._placing.copy_sources])
 
     # How a plan is filled.
 
-    def _compute(self, draft: _Draft, seq: Sequence) -> None:
+    def _compute(self, draft: Draft, seq: Sequence) -> None:
         """Plans a running sequence's next tokens; for blocks it preempts from the end of the order, even itself."""
-        num_tokens = min(_remaining(seq), draft.budget)
-        needed = self._blocks_for(seq.num_computed + num_tokens) - len(seq.block_ids)
+        num_tokens = min(seq.num_remaining, draft.budget)
+        needed = self._num_blocks(seq.num_computed + num_tokens) - len(seq.block_ids)
         while needed > self.pool.num_free:
             victim = self._running.last
             self._preempt(draft, victim)
@@ -200,49 +204,27 @@ class Scheduler:
         draft.items[seq.request_id] = PlanItem(seq, seq.num_computed, num_tokens, samples)
         draft.budget -= num_tokens
 
-    def _admit_before(self, draft: _Draft, limit: OrderKey) -> None:
+    def _admit_before(self, draft: Draft, limit: OrderKey) -> None:
         """Admits waiting sequences that come before `limit`, until one does not fit: it is not overtaken."""
         while draft.budget > 0 and len(self._running) < self.max_running:
             seq = self._waiting.peek()
-            if seq is None or seq.order_key > limit or not self._has_adapter_slot(seq) or not self._place(draft, seq):
+            if seq is None or seq.order_key > limit or not self._has_adapter_slot(seq):
+                return
+            if self._refresh(seq):  # it may not be the next any more, or before the limit
+                continue
+            if not self._placing.place(draft, seq, len(self._running)):
                 return
             self._waiting.pop()
             self._running.add(seq)
+            self.ranking.progressed(seq)
             self._compute(draft, seq)
 
-    def _place(self, draft: _Draft, seq: Sequence) -> bool:
-        """Gives a waiting sequence its cached prefix, when the blocks of all its tokens are there."""
-        pool = self.pool
-        # One block to grow into for each running sequence, so that admitting is not followed by preempting.
-        reserved = draft.promised + len(self._running)
-        if self._running and pool.num_free <= reserved:
-            return False
-        matched = self._match(seq)
-        num_computed = min(len(matched) * pool.block_size, seq.num_tokens - 1)
-        copies_last = num_computed < len(matched) * pool.block_size
-        missing = self._blocks_for(seq.num_tokens) - len(matched)
-        if self._running and missing + copies_last + pool.num_idle(matched) + reserved > pool.num_free:
-            return False
-        pool.acquire(matched)
-        seq.block_ids = matched
-        seq.num_registered = len(matched)
-        if copies_last:
-            source = matched.pop()
-            matched.extend(pool.allocate(1))
-            seq.num_registered -= 1
-            self._copy_sources.append(source)
-            draft.copies[seq.request_id] = (source, matched[-1])
-        seq.num_computed = num_computed
-        draft.promised += missing
-        if seq.num_cached is None:
-            seq.num_cached = min(num_computed, seq.num_prompt)
-            self.num_cached_tokens += seq.num_cached
-        return True
-
-    def _match(self, seq: Sequence) -> list[int]:
-        if not self.config.prefix_caching or self._wants_prompt_logprobs(seq):
-            return []
-        return self.pool.match(seq.namespace, seq.tokens)
+    def _refresh(self, seq: Sequence) -> bool:
+        """Moves a waiting sequence to where it belongs by what the cache holds of it now; whether it moved."""
+        moved = self.ranking.refresh(seq)
+        if moved:
+            self._waiting.move(seq)
+        return moved
 
     def _has_adapter_slot(self, seq: Sequence) -> bool:
         """A step can hold `max_adapters` adapters; an engine without any ignores them (they are refused earlier)."""
@@ -252,26 +234,27 @@ class Scheduler:
         used = {running.request.adapter for running in self._running} - {None}
         return adapter in used or len(used) < self.config.max_adapters
 
-    def _preempt(self, draft: _Draft, seq: Sequence) -> None:
+    def _preempt(self, draft: Draft, seq: Sequence) -> None:
         """Takes back a running sequence's blocks, and its part of the draft; it waits at its old place."""
         item = draft.items.pop(seq.request_id, None)
         if item is not None:
             draft.budget += item.num_tokens
         assert seq.request_id not in draft.copies, "only those before it in the order were admitted in this plan"
-        if _remaining(seq) > 1:
-            draft.promised -= self._blocks_for(seq.num_tokens) - len(seq.block_ids)
+        if seq.num_remaining > 1:
+            draft.promised -= self._num_blocks(seq.num_tokens) - len(seq.block_ids)
         self._vacate(seq)
-        if self._wants_prompt_logprobs(seq):
+        if seq.wants_prompt_logprobs:
             seq.prompt_logprobs.clear()  # they come again
         seq.num_preemptions += 1
         self.num_preemptions += 1
+        self.ranking.waits_again(seq)
         self._waiting.push(seq)
 
     def _expire(self) -> None:
         for seq in self._waiting.expired(self._clock()):
             self._end(seq)
             message = f"the deadline of {seq.request.deadline_s} s passed while the request waited for the engine"
-            self._pending.append(terminal(seq, "error", fault=Fault("deadline_exceeded", message)))
+            self._undelivered.append(terminal(seq, "error", fault=Fault("deadline_exceeded", message)))
 
     # What a result means.
 
@@ -297,18 +280,16 @@ class Scheduler:
         if ended is not None:
             delta.finish_reason, delta.stop_reason = ended
             self._end(seq)
+        else:
+            self.ranking.progressed(seq)
         return delta
-
-    def _wants_prompt_logprobs(self, seq: Sequence) -> bool:
-        """Still to be computed and delivered: cached blocks must not stand in for computing the prompt."""
-        wanted = seq.request.sampling.prompt_logprobs is not None and not seq.request.produced
-        return wanted and seq.num_tokens == seq.num_prior
 
     # Where sequences and blocks are.
 
     def _end(self, seq: Sequence) -> None:
         """Takes a sequence out from wherever it is."""
         del self._open[seq.request_id]
+        self.ranking.leave(seq)
         if seq in self._waiting:
             self._waiting.remove(seq)
         else:
@@ -321,14 +302,5 @@ class Scheduler:
         seq.num_computed = 0
         seq.num_registered = 0
 
-    def _release_copy_sources(self) -> None:
-        sources, self._copy_sources = self._copy_sources, []
-        for block_id in sources:
-            self.pool.free((block_id,))
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.pool.block_size)
-
-
-def _remaining(seq: Sequence) -> int:
-    return seq.num_tokens - seq.num_computed
+    def _num_blocks(self, num_tokens: int) -> int:
+        return blocks_for(num_tokens, self.pool.block_size)

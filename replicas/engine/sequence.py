@@ -12,8 +12,29 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from math import inf
 
-from replicas.contract import GenerateRequest, TokenLogprob, unpack_tokens
+from replicas.contract import GenerateRequest, TokenLogprob, cache_namespace, unpack_tokens
+from replicas.engine.block_pool import NOWHERE, Reach
+from replicas.engine.order import OrderKey
+
+
+@dataclass(slots=True)
+class Standing:
+    """Where a sequence stands in the order (`replicas.engine.ranking`).
+
+    `key` sorts; `due` is the time in it, `not_before` what other tenants have bounded that by. `num_expected`: tokens
+    it would have to compute if it began now; `num_left` what it counts as pending (0: nothing). `reach`: what the
+    prefix cache was last seen to hold of it.
+    """
+
+    number: int = 0
+    key: OrderKey = (0.0, 0.0, 0)
+    due: float = 0.0
+    not_before: float = -inf
+    num_expected: int = 0
+    num_left: int = 0
+    reach: Reach = NOWHERE
 
 
 @dataclass(slots=True, eq=False)
@@ -23,8 +44,9 @@ class Sequence:
     `num_prior` = prompt + tokens an earlier attempt produced. `num_cached` = prompt tokens found in the prefix cache
     when first scheduled. `arrival` is the engine's clock at submit, seconds. The block table may change anywhere
     between steps (an equal cached block replaces a duplicate), so a runner reads it anew each step.
-    The last three fields are the scheduler's: place in the order, blocks already offered to the prefix cache, prompt
-    logprobs collected over chunks.
+    `num_registered`, `prompt_logprobs` and `standing` are the scheduler's: blocks already offered to the prefix cache,
+    prompt logprobs collected over chunks, and where it stands in the order. `namespace` separates its prefix cache from
+    others': adapter and salt.
     """
 
     request: GenerateRequest
@@ -36,9 +58,13 @@ class Sequence:
     num_cached: int | None = None
     block_ids: list[int] = field(default_factory=list)
     num_preemptions: int = 0
-    order_key: tuple[float, float, int] = (0.0, 0.0, 0)
     num_registered: int = 0
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    standing: Standing = field(default_factory=Standing)
+    namespace: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.namespace = cache_namespace(self.request.adapter, self.request.salt)
 
     @classmethod
     def from_request(cls, request: GenerateRequest, arrival: float) -> Sequence:
@@ -59,9 +85,19 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     @property
-    def namespace(self) -> str:
-        """What separates this sequence's prefix cache from others': adapter and salt."""
-        return f"{self.request.adapter or ''}|{self.request.salt.hex()}"
+    def order_key(self) -> OrderKey:
+        return self.standing.key
+
+    @property
+    def num_remaining(self) -> int:
+        """Known tokens that are not computed."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Still to be computed and delivered: cached blocks must not stand in for computing the prompt."""
+        wanted = self.request.sampling.prompt_logprobs is not None and not self.request.produced
+        return wanted and len(self.tokens) == self.num_prior
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,30 @@ def test_contradiction_is_found_at_its_key(changes: dict[str, Any], key: str, pa
     assert part in reason
 
 
+SLOTS = {"name": "g", "model": "m", "engine": {"kind": "sim", "sim": {"max_adapters": 2}}}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "key", "part"),
+    [
+        ({"name": "a", "base_model": "n"}, "adapters[1].base_model", "no model 'n' in this profile; there is: m"),
+        ({"name": "alias", "base_model": "m"}, "adapters[1].name", "'alias' is a name of model 'm'"),
+        ({"name": "a", "base_model": "m", "owner": "x"}, "adapters[1].owner", "no tenant 'x'"),
+        ({"name": "first", "base_model": "m"}, "adapters[1]", "duplicate adapter version 'first@1'"),
+    ],
+)
+def test_an_adapter_needs_a_model_an_owner_and_a_name_of_its_own(adapter: dict[str, Any], key: str, part: str) -> None:
+    first = {"name": "first", "base_model": "m", "owner": "t"}
+    assert found(groups=[SLOTS], adapters=[first, {"name": "first", "base_model": "m", "version": "2"}]) == []
+    ((at, reason),) = found(groups=[SLOTS], adapters=[first, adapter])
+    assert at == key and part in reason
+
+
+def test_an_adapter_of_a_model_whose_replicas_have_no_slots_is_found() -> None:
+    ((at, reason),) = found(adapters=[{"name": "a", "base_model": "m"}])
+    assert (at, reason) == ("adapters[0].base_model", "no group of model 'm' has adapter slots")
+
+
 def test_a_key_given_to_two_tenants_is_found_without_being_shown() -> None:
     digest = "2c70e12b7a0646f92279f427c7b38e7334d8e5389cff167a1dc30e73f826b683"  # SHA-256 of "key"
     tenants = [{"id": "t", "keys": ["key"]}, {"id": "u", "key_sha256": [digest]}]

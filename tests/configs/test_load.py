@@ -76,8 +76,8 @@ BAD_PROFILES = {
         "p.yaml:14: admission.max_wait_s: must be a finite number, got .inf",
     ),
     "word not in the list": (
-        GOOD + "routing:\n  policy: best\n",
-        "p.yaml:14: routing.policy: expected one of least_wait, round_robin, random, got 'best'",
+        GOOD + "telemetry:\n  log_level: loud\n",
+        "p.yaml:14: telemetry.log_level: expected one of debug, info, warning, error, got 'loud'",
     ),
     "missing key": (swapped("  - id: sim\n    source", "  - source"), "p.yaml:2: models[0].id: missing key"),
     "missing section": (GOOD.partition("tenants")[0], "p.yaml:1: tenants: missing key"),

@@ -10,6 +10,7 @@ import msgspec
 
 from configs.schema import AdmissionConfig, Config, GroupConfig, ModelConfig, RoutingConfig, TenantConfig
 from gateway.admission import Admission
+from gateway.decisions import DecisionLog
 from gateway.dispatch import FleetDispatcher
 from gateway.fleet import Fleet
 from gateway.router import Router
@@ -108,6 +109,7 @@ class ScriptedLink:
         self.alive = True
         self.closed = False
         self.sources: list[ScriptedSource] = []
+        self.prefetched: list[str] = []
         self._events = events
 
     def open(self, request: GenerateRequest) -> ScriptedSource:
@@ -115,6 +117,9 @@ class ScriptedLink:
             raise LinkLostError(self.replica_id, "scripted")
         self.sources.append(ScriptedSource(request))
         return self.sources[-1]
+
+    def prefetch(self, adapter_id: str) -> None:
+        self.prefetched.append(adapter_id)
 
     async def close(self) -> None:
         self.closed, self.alive = True, False
@@ -135,7 +140,7 @@ class ScriptedLink:
 class World:
     """A fleet of scripted replicas with admission, router and dispatcher, all of them real."""
 
-    def __init__(self, policy: str = "least_wait", **limits: object) -> None:
+    def __init__(self, policy: str = "warm", **limits: object) -> None:
         self.now = 0.0
         self.config = Config(
             models=(MODEL, OTHER),
@@ -153,7 +158,7 @@ class World:
         self.fleet = Fleet(self.config, self._connect, PrefixIndex(10_000), around)
         self.admission = Admission(self.config.admission, self.fleet, self.clock, self.metrics)
         self.fleet.subscribe(self.admission.pump)
-        self.router = Router(self.fleet, self.config.routing, around)
+        self.router = Router(self.fleet, self.config.routing, around, DecisionLog("wg", self.clock))
         self.dispatcher = FleetDispatcher(self.fleet, self.admission, self.router, around)
 
     def clock(self) -> float:

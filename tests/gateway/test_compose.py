@@ -346,8 +346,9 @@ async def test_where_a_request_went_can_be_asked(stack: Stack) -> None:
     await text_of(stack, content="x" * 200, max_tokens=2)
     dispatcher = stack.composed.gateway.dispatcher
     assert isinstance(dispatcher, FleetDispatcher)
-    (decision,) = dispatcher.router._kept.values()
-    assert decision.replica_id == "a"
+    (request_id,) = dispatcher.router.log._traces
+    decision = dispatcher.decision(f"{request_id}-0")
+    assert decision is not None and decision.replica_id == "a"
     assert set(decision.candidates[0].terms_s) >= {"queue", "prefill"}
 
 

@@ -205,6 +205,10 @@ async def test_docs_show_the_schemas_that_requests_are_decoded_into() -> None:
     assert {"type": "number", "minimum": 0, "maximum": 2} in temperature["anyOf"]
     body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]
     assert body["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ChatRequest"}
+    told = document["paths"]["/v1/routing/decisions/{request_id}"]["get"]
+    assert [(p["name"], p["in"]) for p in told["parameters"]] == [("request_id", "path")]
+    assert told["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].endswith("/Explanation")
+    assert "terms_s" in document["components"]["schemas"]["ShownCandidate"]["properties"]
 
 
 async def test_tokenize_and_detokenize_have_vllms_shapes() -> None:

@@ -5,9 +5,9 @@ import hashlib
 import pytest
 
 from configs.schema import TenantConfig
-from gateway.errors import AuthenticationError, ModelNotFoundError, RateLimitError
-from gateway.tenancy import Tenants, check_model, narrowed_salt
-from tests.gateway.scripted import MODELS, Clock
+from gateway.errors import AuthenticationError, RateLimitError
+from gateway.tenancy import Tenants, narrowed_salt
+from tests.gateway.scripted import Clock
 
 DIGEST = hashlib.sha256(b"sk-hashed").hexdigest()
 KEYED = (TenantConfig(id="a", keys=("sk-a",)), TenantConfig(id="b", key_sha256=(DIGEST,)))
@@ -53,16 +53,6 @@ def test_salts_separate_tenants_and_secrets_and_cache_salts() -> None:
     }
     assert len(salts) == 6
     assert narrowed_salt(a.salt, None) == a.salt
-
-
-def test_model_that_is_not_allowed_is_as_unknown_as_one_that_is_not_there() -> None:
-    tenant = tenants(TenantConfig(id="a", anonymous=True, models=("other",))).authenticate(None)
-    with pytest.raises(ModelNotFoundError) as forbidden:
-        check_model(tenant, MODELS[0], "sim")
-    with pytest.raises(ModelNotFoundError) as absent:
-        check_model(tenant, None, "sim")
-    assert forbidden.value.body() == absent.value.body()
-    assert check_model(tenant, MODELS[1], "other") is MODELS[1]
 
 
 def test_requests_a_minute_refill_with_time() -> None:

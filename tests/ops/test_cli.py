@@ -49,7 +49,7 @@ def test_every_verb_explains_itself(verb: tuple[str, ...], run: Runner) -> None:
     assert run(*verb, "-h").output == result.output
 
 
-@pytest.mark.parametrize("verb", ["serve", "chat", "doctor", "models pull", "config show"])
+@pytest.mark.parametrize("verb", ["serve", "chat", "doctor", "explain", "models pull", "config show"])
 def test_help_shows_examples_to_paste(verb: str, run: Runner) -> None:
     assert f"  warmgate {verb}" in run(*verb.split(), "--help").output
 

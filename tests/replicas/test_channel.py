@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import msgspec
 import pytest
 import uvloop
 
@@ -18,7 +19,9 @@ from replicas.channel.frames import (
     HEADER,
     Abort,
     Open,
+    Ping,
     Step,
+    decode_ingress,
     decode_replica,
     encode,
 )
@@ -348,3 +351,29 @@ async def test_a_paused_stream_can_be_cancelled(unix: Pair) -> None:
     stream.cancel()
     await until(lambda: unix.server.num_open == 0)
     assert unix.engine.aborted == [], "the engine had finished it long before"
+
+
+async def test_a_prefetch_reaches_the_replica_and_a_word_out_of_turn_every_ingress(tmp_path: Path) -> None:
+    wanted: list[str] = []
+    options = ServerOptions(heartbeat_s=5.0, dead_after_s=15.0, prefetch=wanted.append)
+    async with serving(f"unix://{tmp_path}/r.sock", options) as pair:
+        slow = LinkOptions(heartbeat_s=5.0, dead_after_s=15.0)
+        links = [await pair.link(name, slow) for name in ("one", "two")]
+        links[0].prefetch("a@1")
+        links[1].prefetch("b@2")
+        await until(lambda: len(wanted) == 2)
+        assert sorted(wanted) == ["a@1", "b@2"]
+        before = [link.stats_at for link in links]
+        pair.server.announce()
+        await until(lambda: all(link.stats_at > at for link, at in zip(links, before, strict=True)))
+        await pair.server.drain()
+        links[0].prefetch("c@1")
+        stream = links[0].open(request("late"))
+        assert (await read(stream))[-1].finish_reason == "error"
+        assert len(wanted) == 2, "a replica that drains loads nothing more"
+
+
+def test_a_ping_of_an_older_ingress_wants_no_adapter() -> None:
+    older = msgspec.msgpack.encode([20])
+    assert decode_ingress(older) == Ping()
+    assert msgspec.msgpack.decode(encode(Ping(("a@1",)))[4:]) == [20, ["a@1"]], "what older replicas skip comes last"

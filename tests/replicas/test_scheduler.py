@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from replicas.contract import GenerateRequest, RefusedError, pack_tokens
-from replicas.engine.order import MAX_HANDICAP_S, deadline, fcfs, order_key, priority
+from replicas.engine.order import MAX_HANDICAP_S, ORDERS, Pace, deadline, fcfs, order_key, priority
 from replicas.engine.usage import KvUse, kv_use
 from tests.replicas.engine_kit import EOS, LETTERS, Kit, adapter, make_kit, make_request
 
@@ -103,14 +105,24 @@ def test_a_prompt_found_whole_in_the_cache_computes_its_last_token_into_a_copy()
 
 
 def test_the_cache_never_crosses_adapters_or_salts() -> None:
-    kit = make_kit(max_adapters=1)
+    kit = make_kit(max_adapters=3, num_blocks=64)
+    for name in ("x@1", "x@2", "y@1"):
+        kit.core.load_adapter(adapter(name))
     kit.add(make_request("a", prompt(16), salt=b"tenant-1"))
     kit.run()
-    kit.add(make_request("b", prompt(16), salt=b"tenant-2"))
-    kit.add(make_request("c", prompt(16)))
-    kit.add(make_request("d", prompt(16), salt=b"tenant-1"))
-    kit.run()
-    assert [kit.deltas[name][0].num_cached_tokens for name in "abcd"] == [0, 0, 0, 15]
+    others: list[dict[str, Any]] = [
+        {"salt": b"tenant-2"}, {}, {"adapter": "x@1"}, {"adapter": "x@2"}, {"adapter": "y@1"},
+        {"adapter": "x@1", "salt": b"tenant-1"},
+    ]  # fmt: skip
+    for i, other in enumerate(others):
+        kit.add(make_request(f"b{i}", prompt(16), **other))
+        kit.run()
+        assert kit.deltas[f"b{i}"][0].num_cached_tokens == 0, other
+        assert kit.tokens(f"b{i}") == kit.expected(make_request(f"b{i}", prompt(16), **other))
+    for name, same in (("c", {"salt": b"tenant-1"}), ("d", {"adapter": "x@2"})):
+        kit.add(make_request(name, prompt(16), **same))
+        kit.run()
+        assert kit.deltas[name][0].num_cached_tokens == 15
 
 
 def test_blocks_are_not_offered_to_the_cache_before_they_are_computed() -> None:
@@ -360,11 +372,13 @@ def test_orders_are_arrival_plus_a_bounded_handicap() -> None:
     low = make_request("low", prompt(4), priority=5, deadline_s=900.0)
     high = make_request("high", prompt(4), priority=-5, deadline_s=1.0)
     extreme = make_request("x", prompt(4), priority=10**6, deadline_s=10.0**9)
-    assert fcfs(low, 1.0) < fcfs(high, 2.0)
-    assert priority(high, 2.0) < priority(low, 1.0) < priority(high, 102.0)
-    assert deadline(high, 2.0) < deadline(low, 1.0) < deadline(high, 1000.0)
-    for order in (fcfs, priority, deadline):
-        assert abs(order(extreme, 50.0) - 50.0) <= MAX_HANDICAP_S
+    pace = Pace(1000.0, 500.0)
+    assert fcfs(low, 1.0, 9, pace) < fcfs(high, 2.0, 1, pace)
+    assert priority(high, 2.0, 9, pace) < priority(low, 1.0, 1, pace) < priority(high, 102.0, 1, pace)
+    assert deadline(high, 2.0, 9, pace) < deadline(low, 1.0, 1, pace) < deadline(high, 1000.0, 1, pace)
+    for order in ORDERS.values():
+        for num_uncached in (1, 10**9):
+            assert abs(order(extreme, 50.0, num_uncached, Pace()) - 50.0) <= MAX_HANDICAP_S
     assert order_key(1.001, 7.0, 0) > order_key(1.002, 3.0, 1), "the fair tag decides within a tick"
     assert order_key(1.001, 7.0, 0) < order_key(1.052, 3.0, 1), "and only there"
 
@@ -372,7 +386,7 @@ def test_orders_are_arrival_plus_a_bounded_handicap() -> None:
 @pytest.mark.parametrize(
     ("order", "expected"),
     [("fcfs", ["plain", "low", "high", "soon"]), ("priority", ["high", "plain", "soon", "low"]),
-     ("deadline", ["soon", "plain", "low", "high"])],
+     ("deadline", ["soon", "plain", "low", "high"]), ("shortest", ["high", "plain", "soon", "low"])],
 )  # fmt: skip
 def test_waiting_requests_run_in_the_order_of_the_policy(order: str, expected: list[str]) -> None:
     kit = make_kit(max_num_seqs=1, order=order)
@@ -429,8 +443,9 @@ def test_a_large_prompt_is_not_starved_by_small_ones() -> None:
 
 
 def test_a_step_never_holds_more_adapters_than_there_are_slots() -> None:
-    kit = make_kit(max_adapters=2)
+    kit = make_kit(max_adapters=3)
     names = ["x@1", "y@1", "z@1"]
+    kit.core.scheduler.config = replace(kit.core.scheduler.config, max_adapters=2)
     for name in names:
         kit.core.load_adapter(adapter(name))
     requests = [make_request(f"r{i}", prompt(5), adapter=names[i % 3], max_tokens=5) for i in range(9)]
@@ -469,10 +484,17 @@ def test_at_least_95_percent_of_the_allocated_kv_holds_tokens_under_mixed_load()
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests of all kinds come, run, are aborted; every plan is checked, every answer compared with the naive one."""
 
+    order = "shortest"
+
     def __init__(self) -> None:
         super().__init__()
         self.kit = make_kit(
-            num_blocks=14, max_num_seqs=4, max_num_batched_tokens=10, mean_output_tokens=25, max_waiting=6
+            num_blocks=14,
+            max_num_seqs=4,
+            max_num_batched_tokens=10,
+            mean_output_tokens=25,
+            max_waiting=6,
+            order=self.order,
         )
         self.requests: dict[str, GenerateRequest] = {}
 
@@ -485,7 +507,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         done=st.integers(0, 6),
         changes=st.fixed_dictionaries({}, optional={
             "prompt_logprobs": st.integers(0, 3), "min_tokens": st.integers(0, 5), "ignore_eos": st.just(True),
-            "stop_token_ids": st.just((LETTERS[3], LETTERS[11])), "fair_tag": st.floats(0, 3),
+            "stop_token_ids": st.just((LETTERS[3], LETTERS[11])), "fair_tag": st.floats(0, 30),
+            "tenant": st.sampled_from("uv"), "priority": st.integers(-1, 1),
         }),
     )  # fmt: skip
     def add(self, length, family, max_tokens, temperature, salt, done, changes) -> None:  # type: ignore[no-untyped-def]
@@ -544,5 +567,11 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert logprobs is not None and len(logprobs) == request.num_prompt_tokens
 
 
+class FirstComeMachine(SchedulerMachine):
+    order = "fcfs"
+
+
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(max_examples=300, stateful_step_count=40, deadline=None, derandomize=True)
+TestFirstComeMachine = FirstComeMachine.TestCase
+TestFirstComeMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None, derandomize=True)

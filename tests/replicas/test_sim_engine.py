@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replicas.contract import SamplingParams
+from replicas.contract import EngineError, SamplingParams
 from replicas.local import LocalEngine
 from replicas.sim_engine import SimOptions, build_sim, sim_engine
 from replicas.sim_model import SimModel, next_state, root_state
@@ -123,22 +123,33 @@ def test_steps_take_the_configured_time() -> None:
     assert times == pytest.approx([0.01 + 0.002 + 0.3, 0.012, 0.012])
 
 
-def test_adapters_speak_differently_and_the_least_recently_used_one_goes() -> None:
+def test_adapters_speak_differently_and_reading_one_takes_time_by_its_rank() -> None:
     kit = make_kit(max_adapters=2, adapter_load_s=0.5, step_base_s=0.0)
-    for name, rank in (("x@1", 8), ("y@1", 16), ("z@1", 8)):
+    for name, rank in (("x@1", 8), ("y@1", 16)):
         before = kit.clock.now
         kit.core.load_adapter(adapter(name, rank))
         assert kit.clock.now - before == pytest.approx(0.5 * rank / 8)
-    assert kit.core.stats().adapters == ("y@1", "z@1")
     answers = {}
-    for i, name in enumerate(["y@1", "x@1", "y@1", None]):
+    for i, name in enumerate(["y@1", "x@1", None]):
         request = make_request(f"r{i}", range(5), adapter=name)
         kit.add(request)
         kit.run()
         assert kit.tokens(f"r{i}") == kit.expected(request)
         answers[name] = tuple(kit.tokens(f"r{i}"))
     assert len(set(answers.values())) == 3
-    assert kit.core.stats().adapters == ("x@1", "y@1"), "x took the place of z"
+    assert kit.core.stats().adapters == ("y@1", "x@1"), "x was used last"
+
+
+def test_an_adapter_that_does_not_fit_is_refused_and_harms_nobody() -> None:
+    kit = make_kit(max_adapters=1, adapter_load_s=0.0, max_adapter_rank=16)
+    with pytest.raises(EngineError, match="rank 32 of big@1 is beyond 16"):
+        kit.core.load_adapter(adapter("big@1", 32))
+    kit.core.load_adapter(adapter("x@1"))
+    with pytest.raises(EngineError, match="no slot is free for y@1"):
+        kit.core.load_adapter(adapter("y@1"))
+    kit.core.unload_adapter("x@1")
+    kit.core.load_adapter(adapter("y@1"))
+    assert kit.core.stats().adapters == ("y@1",)
 
 
 def test_the_facts_are_what_the_scheduler_and_pool_found() -> None:

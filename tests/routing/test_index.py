@@ -1,13 +1,21 @@
-"""The mirrored index against the slow obvious one."""
+"""The index, mirrored and exact, against the slow obvious one."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections import OrderedDict
+from pathlib import Path
 
-from hypothesis import given, settings
+import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from routing.index import PURGE_STEP, PrefixIndex
+from routing.index import EXPECT_S, PURGE_STEP, PrefixIndex
+
+ROOT = Path(__file__).parents[2]
 
 
 def chain(name: str, length: int) -> list[int]:
@@ -101,46 +109,290 @@ def test_all_mirrors_together_stay_within_the_bound() -> None:
     index.check()
 
 
+# Exact replicas: their own word, and what is expected of them
+
+
+def test_what_was_sent_to_an_exact_replica_matches_until_it_expires() -> None:
+    index = PrefixIndex(1000)
+    index.add("a", 100)
+    index.load("a", chain("p", 2))
+    index.sent("a", chain("p", 6), now=10.0)
+    assert index.match(chain("p", 6)) == {"a": 6}
+    assert len(index) == 2, "not held yet"
+    index.expire(10.0 + EXPECT_S - 0.01)
+    assert index.match(chain("p", 6)) == {"a": 6}
+    index.expire(10.0 + EXPECT_S)
+    assert index.match(chain("p", 6)) == {"a": 2}
+    index.check()
+
+
+def test_an_expectation_that_is_confirmed_stays() -> None:
+    index = PrefixIndex(1000)
+    index.add("a", 100)
+    index.load("a", [])
+    index.sent("a", chain("p", 6), now=0.0)
+    index.insert("a", chain("p", 4))
+    index.check()
+    index.expire(EXPECT_S)
+    assert index.match(chain("p", 6)) == {"a": 4}
+    index.check()
+
+
+def test_a_second_prompt_with_the_same_prefix_prolongs_the_expectation() -> None:
+    index = PrefixIndex(1000)
+    index.add("a", 100)
+    index.load("a", [])
+    index.sent("a", chain("p", 6), now=0.0)
+    index.sent("a", chain("p", 3), now=1.0)
+    index.expire(EXPECT_S)
+    assert index.match(chain("p", 6)) == {"a": 3}
+    index.expire(1.0 + EXPECT_S)
+    assert index.match(chain("p", 6)) == {}
+    index.check()
+
+
+def test_an_eviction_does_not_take_back_what_is_on_its_way() -> None:
+    index = PrefixIndex(1000)
+    index.add("a", 100)
+    index.load("a", chain("p", 6))
+    index.sent("a", chain("p", 8), now=0.0)
+    index.evict("a", chain("p", 8))
+    assert index.match(chain("p", 8)) == {}, "six of them were held, so only two are expected"
+    index.sent("a", chain("p", 8), now=0.0)
+    assert index.match(chain("p", 8)) == {"a": 8}
+    index.evict("a", chain("p", 8))
+    assert index.match(chain("p", 8)) == {"a": 8}
+    index.check()
+
+
+def test_only_replicas_that_spoke_for_themselves_are_certain() -> None:
+    index = PrefixIndex(1000)
+    index.add("a", 100)
+    index.add("b", 100)
+    assert index.guessed == {"a", "b"}
+    index.load("a", chain("p", 3))
+    assert index.guessed == {"b"}
+    assert index.is_exact("a") and not index.is_exact("b") and not index.is_exact("unknown")
+    index.doubt("a")
+    assert index.guessed == {"a", "b"}
+    index.load("a", [])
+    index.drop("b")
+    assert index.guessed == frozenset()
+
+
+def test_a_doubted_replica_goes_on_as_a_mirror_of_what_it_said_and_what_was_sent() -> None:
+    index = PrefixIndex(1000)
+    index.add("a", 10)
+    index.load("a", chain("old", 6))
+    index.sent("a", chain("sent", 2), now=0.0)
+    index.doubt("a")
+    index.expire(1e9)
+    assert index.match(chain("old", 6)) == {"a": 6}
+    assert index.match(chain("sent", 2)) == {"a": 2}
+    index.sent("a", chain("new", 8), now=0.0)
+    assert index.match(chain("new", 8)) == {"a": 8}, "a mirror is bounded like the cache"
+    assert len(index) == 10
+    index.check()
+
+
+def test_a_snapshot_replaces_whatever_was_believed() -> None:
+    index = PrefixIndex(1000)
+    index.add("a", 100)
+    index.add("b", 100)
+    for replica in "ab":
+        index.insert(replica, chain("guess", 5))
+    index.load("a", chain("truth", 3))
+    assert index.match(chain("guess", 5)) == {"b": 5}
+    assert index.match(chain("truth", 3)) == {"a": 3}
+    index.check()
+
+
+def test_an_exact_replica_may_hold_more_than_its_size_suggests_but_not_more_than_its_share() -> None:
+    index = PrefixIndex(40)
+    index.add("a", 10)
+    index.load("a", chain("p", 30))
+    assert index.match(chain("p", 30)) == {"a": 30}
+    index.add("b", 10)
+    assert index.num_held("a") == 20
+    index.check()
+
+
+def test_memory_is_counted() -> None:
+    index = PrefixIndex(100_000)
+    empty = index.num_bytes
+    index.add("a", 50_000)
+    index.insert("a", chain("p", 50_000))
+    assert 90 < (index.num_bytes - empty) / 50_000 < 180
+
+
 prompts = st.tuples(st.sampled_from("pqr"), st.integers(0, 12)).map(lambda p: chain(*p))
 replicas = st.sampled_from(["a", "b", "c"])
-actions: st.SearchStrategy[tuple[str, str, list[int]]] = st.one_of(
-    st.tuples(st.just("insert"), replicas, prompts),
-    st.tuples(st.just("evict"), replicas, prompts),
-    st.tuples(st.just("add"), replicas, st.just([])),
-    st.tuples(st.just("drop"), replicas, st.just([])),
-)
+CAPACITY, SHARE = 16, 48
 
 
-@settings(max_examples=200)
-@given(st.lists(actions, max_size=30), prompts)
-def test_any_history_matches_like_an_lru_dictionary_per_replica(
-    history: list[tuple[str, str, list[int]]], prompt: list[int]
-) -> None:
-    index = PrefixIndex(10_000)
-    oracle: dict[str, OrderedDict[int, None]] = {}
-    for action, replica, hashes in history:
-        if action == "add":
-            index.add(replica, 16)
-            oracle[replica] = OrderedDict()
-        elif action == "drop":
-            index.drop(replica)
-            oracle.pop(replica, None)
-        elif action == "insert":
-            index.insert(replica, hashes)
-            if replica in oracle:
-                for block in reversed(hashes):
-                    oracle[replica][block] = None
-                    oracle[replica].move_to_end(block)
-                while len(oracle[replica]) > 16:
-                    oracle[replica].popitem(last=False)
+class NaiveReplica:
+    """One replica, the slow obvious way."""
+
+    def __init__(self) -> None:
+        self.exact = False
+        self.held: OrderedDict[int, None] = OrderedDict()
+        self.expected: dict[int, float] = {}
+
+    def use(self, hashes: list[int]) -> None:
+        for block in reversed(hashes):
+            self.held[block] = None
+            self.held.move_to_end(block)
+        for block in hashes:
+            self.expected.pop(block, None)
+        self.trim()
+
+    def trim(self) -> None:
+        while len(self.held) > (SHARE if self.exact else CAPACITY):
+            self.held.popitem(last=False)
+
+    def leading(self, prompt: list[int]) -> int:
+        return next((i for i, b in enumerate(prompt) if b not in self.held and b not in self.expected), len(prompt))
+
+
+class IndexMachine(RuleBasedStateMachine):
+    """Any history of sends, events, snapshots, doubts, deaths and time against a dictionary of sets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.index = PrefixIndex(3 * SHARE)
+        self.naive: dict[str, NaiveReplica] = {}
+        for replica in "abc":  # all three from the start: a share stays a share
+            self.add(replica)
+
+    @rule(replica=replicas)
+    def add(self, replica: str) -> None:
+        self.index.add(replica, CAPACITY)
+        self.naive[replica] = NaiveReplica()
+
+    @rule(replica=replicas, hashes=prompts)
+    def insert(self, replica: str, hashes: list[int]) -> None:
+        self.index.insert(replica, hashes)
+        self.naive[replica].use(hashes)
+
+    @rule(replica=replicas, hashes=prompts)
+    def evict(self, replica: str, hashes: list[int]) -> None:
+        self.index.evict(replica, hashes)
+        for block in hashes:
+            self.naive[replica].held.pop(block, None)
+
+    @rule(replica=replicas, hashes=prompts)
+    def send(self, replica: str, hashes: list[int]) -> None:
+        self.index.sent(replica, hashes, self.now)
+        self._expire()
+        naive = self.naive[replica]
+        if naive.exact:
+            naive.expected |= {block: self.now + EXPECT_S for block in hashes if block not in naive.held}
         else:
-            index.evict(replica, hashes)
-            for block in hashes:
-                oracle.get(replica, OrderedDict()).pop(block, None)
-        index.check()
-    expected = {}
-    for replica, held in oracle.items():
-        num = next((i for i, block in enumerate(prompt) if block not in held), len(prompt))
-        if num:
-            expected[replica] = num
-    assert index.match(prompt) == expected
+            naive.use(hashes)
+
+    @rule(replica=replicas, hashes=prompts)
+    def load(self, replica: str, hashes: list[int]) -> None:
+        self.index.load(replica, hashes)
+        naive = self.naive[replica]
+        naive.exact, naive.held = True, OrderedDict.fromkeys(hashes)
+        naive.expected = {block: until for block, until in naive.expected.items() if block not in naive.held}
+
+    @rule(replica=replicas)
+    def doubt(self, replica: str) -> None:
+        self.index.doubt(replica)
+        naive = self.naive[replica]
+        if naive.exact:
+            naive.exact = False
+            for block in naive.expected:
+                naive.held[block] = None
+                naive.held.move_to_end(block)
+            naive.expected = {}
+            naive.trim()
+
+    @rule(replica=replicas)
+    def clear(self, replica: str) -> None:
+        self.index.clear(replica)
+        exact = self.naive[replica].exact
+        self.naive[replica] = NaiveReplica()
+        self.naive[replica].exact = exact
+
+    @rule(seconds=st.floats(0.1, 3.0))
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        self.index.expire(self.now)
+        self._expire()
+
+    def _expire(self) -> None:
+        for naive in self.naive.values():
+            naive.expected = {block: until for block, until in naive.expected.items() if until > self.now}
+
+    @invariant()
+    def agrees(self) -> None:
+        self.index.check()
+        assert self.index.guessed == {replica for replica, naive in self.naive.items() if not naive.exact}
+        for name in "pqr":
+            prompt = chain(name, 12)
+            leading = {replica: naive.leading(prompt) for replica, naive in self.naive.items()}
+            assert self.index.match(prompt) == {replica: num for replica, num in leading.items() if num}
+
+
+TestAnyHistory = IndexMachine.TestCase
+TestAnyHistory.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.slow
+def test_four_million_blocks_of_sixty_four_replicas_fit_in_a_gibibyte(capsys: pytest.CaptureFixture[str]) -> None:
+    done = subprocess.run([sys.executable, "-c", AT_SCALE], cwd=ROOT, capture_output=True, text=True, check=True)
+    figures = json.loads(done.stdout)
+    with capsys.disabled():
+        print(f"\n{figures}")
+    assert figures["rss_mib"] < 1024
+    assert figures["match_warm_us"] < figures["match_cold_us"] < 1000
+
+
+AT_SCALE = """
+import json, random, time
+from routing.index import PrefixIndex
+
+def rss_mib():
+    return int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0]) / 1024
+
+def p50(prompts):
+    seconds = []
+    for prompt in prompts:
+        began = time.perf_counter()
+        index.match(prompt)
+        seconds.append(time.perf_counter() - began)
+    return round(sorted(seconds)[len(seconds) // 2] * 1e6, 1)
+
+draw, index, worst_s = random.Random(1), PrefixIndex(4_194_304), 0.0
+before = rss_mib()
+for i in range(64):
+    index.add(f"r{i}", 62_500)
+    index.load(f"r{i}", ())
+prompts = [[draw.getrandbits(64) for _ in range(187)] for _ in range(500)]
+for n in range(4_000_000 // 187):
+    hashes = [draw.getrandbits(64) for _ in range(187)] if n % 40 else [*prompts[n // 40 % 500]]
+    began = time.perf_counter()
+    index.insert(f"r{n % 64}", hashes)
+    worst_s = max(worst_s, time.perf_counter() - began)
+draw.shuffle(prompts)
+cold = p50(prompts)
+warm = p50([prompts[0]] * 500)
+began = time.perf_counter()
+index.load("r0", [draw.getrandbits(64) for _ in range(62_500)])
+loaded_s = time.perf_counter() - began
+fresh = [draw.getrandbits(64) for _ in range(62_500)]
+for start in range(0, len(fresh), 4096):
+    index.insert("r1", fresh[start : start + 4096])
+began = time.perf_counter()
+index.load("r1", fresh)
+prepared_s = time.perf_counter() - began
+print(json.dumps({
+    "blocks": len(index), "rss_mib": round(rss_mib()),
+    "bytes_per_block": round((rss_mib() - before) * 2**20 / len(index)),
+    "counted_mib": round(index.num_bytes / 2**20), "match_cold_us": cold, "match_warm_us": warm,
+    "worst_insert_ms": round(worst_s * 1e3, 1), "load_ms": round(loaded_s * 1e3, 1),
+    "prepared_load_ms": round(prepared_s * 1e3, 1)}))
+"""

@@ -6,10 +6,13 @@ import msgspec
 import pytest
 
 from configs.schema import RoutingConfig
-from routing.baselines import random, round_robin
+from routing.baselines.random import random
+from routing.baselines.round_robin import round_robin
 from routing.policies import POLICIES
-from routing.policy import TOO_LONG, least_wait
+from routing.policy import TOO_LONG
 from routing.types import Decision, ReplicaState, RouteRequest, Snapshot
+from routing.waiting import merged
+from routing.warm import warm
 
 
 def request(num_tokens: int = 1024, **changes: object) -> RouteRequest:
@@ -28,13 +31,13 @@ def replica(replica_id: str, **changes: object) -> ReplicaState:
 def choose(
     *replicas: ReplicaState, matched: dict[str, int] | None = None, asked: RouteRequest | None = None
 ) -> Decision:
-    return least_wait(asked or request(), Snapshot(replicas, matched or {}))
+    return warm(asked or request(), Snapshot(replicas, matched or {}))
 
 
 def test_an_equal_replica_with_a_warm_prefix_wins() -> None:
-    for warm in "abc":
-        decision = choose(*map(replica, "abc"), matched={warm: 8})
-        assert decision.replica_id == warm
+    for holder in "abc":
+        decision = choose(*map(replica, "abc"), matched={holder: 8})
+        assert decision.replica_id == holder
         assert decision.winner is not None
         assert decision.winner.matched_tokens == 512
 
@@ -106,7 +109,8 @@ def test_a_replica_short_of_kv_blocks_pays_for_it() -> None:
 )
 def test_a_replica_that_cannot_take_the_request_is_never_chosen(changes: dict[str, object], reason: str) -> None:
     bad = replica("bad", **changes)
-    for policy in POLICIES.values():
+    for spec in POLICIES.values():
+        policy = spec.decide
         decision = policy(request(), Snapshot((bad, replica("good", num_running=30)), {"bad": 16}))
         assert decision.replica_id == "good"
         assert {c.replica_id: c.filtered for c in decision.candidates} == {"bad": reason, "good": None}
@@ -174,6 +178,40 @@ def test_a_fully_cached_prompt_still_computes_its_last_token() -> None:
     decision = choose(replica("a"), matched={"a": 16})
     assert decision.winner is not None
     assert decision.winner.matched_tokens == 1023
+
+
+def shortest(replica_id: str, *sizes: int, **changes: object) -> ReplicaState:
+    """A replica that prefills the shortest first, with prompts of these sizes pending."""
+    waiting = {"waiting_sizes": merged((), sizes), "num_waiting": len(sizes), "num_waiting_tokens": sum(sizes)}
+    return replica(replica_id, prefill_order="shortest", **(waiting | changes))
+
+
+def test_where_the_shortest_goes_first_only_shorter_ones_are_waited_for() -> None:
+    long_queue, short_queue = shortest("long", 4000), shortest("short", *[500] * 4)
+    by_id = {c.replica_id: c.terms_s for c in choose(long_queue, short_queue, asked=request(600)).candidates}
+    assert by_id["short"]["queue"] == pytest.approx(2000 / 4000)
+    assert by_id["long"]["queue"] < 0.2 * by_id["short"]["queue"], "4,000 pending tokens, but a short prompt goes first"
+    first_come = choose(replica("a", num_waiting=1, num_waiting_tokens=4000), asked=request(600))
+    assert first_come.candidates[0].terms_s["queue"] == pytest.approx(1.0)
+
+
+def test_those_it_goes_before_are_harmed() -> None:
+    asked = request(600)
+    alone, before = (choose(shortest("a", *sizes), asked=asked) for sizes in ((), (4000, 4000, 4000)))
+    assert before.candidates[0].terms_s["harm"] > 1.3 * alone.candidates[0].terms_s["harm"]
+    assert choose(shortest("busy", 4000, 4000, 4000), shortest("idle"), asked=asked).replica_id == "idle"
+
+
+def test_the_adapters_load_is_seconds_like_any_other() -> None:
+    asked = request(256, adapter="a@1")
+    resident = replica("resident", max_adapters=4, adapters=("a@1",), adapter_load_s=0.4)
+    loading = replica("loading", max_adapters=4, loading=(("a@1", 0.1),), adapter_load_s=0.4)
+    without = replica("without", max_adapters=4, adapter_load_s=0.4)
+    seconds = {c.replica_id: c.terms_s["adapter"] for c in choose(resident, loading, without, asked=asked).candidates}
+    assert seconds == {"resident": 0.0, "loading": pytest.approx(0.1), "without": pytest.approx(0.4)}
+    assert choose(loading, without, asked=asked).replica_id == "loading"
+    busy = msgspec.structs.replace(resident, num_waiting=9, num_waiting_tokens=9000)
+    assert choose(busy, without, asked=asked).replica_id == "without", "waiting there costs more than a load"
 
 
 def test_round_robin_takes_turns_over_those_that_can() -> None:

@@ -1,0 +1,127 @@
+"""`warmgate adapters`: the shared catalogue of LoRA adapters, where gateway and replicas read it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+import click
+import msgspec
+
+from ops.errors import OperationError
+from ops.instance import find_instances
+from routing.adapters import Adapter, AdapterConflictError, AdapterRegistry, Catalogue
+from routing.store import Store, StoreError, StoreOptions
+
+T = TypeVar("T")
+TIMEOUT_S = 2.0
+
+
+class AdapterError(OperationError):
+    """The catalogue cannot be reached, or refuses what was asked."""
+
+
+@click.group()
+@click.option("--redis", envvar="WARMGATE_REDIS__URL", help="Its address [default: that of the instance running here].")
+@click.option("--cluster", envvar="WARMGATE_CLUSTER", help="Its cluster [default: that of the instance running here].")
+@click.pass_context
+def adapters(context: click.Context, redis: str | None, cluster: str | None) -> None:
+    """List, add and remove the LoRA adapters that clients can name as models.
+
+    \b
+    warmgate adapters add summariser --base-model sim --version 2 --path /adapters/summariser --rank 16
+    warmgate adapters list
+    warmgate adapters remove summariser@1
+    """
+    context.obj = (redis, cluster)
+
+
+@adapters.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
+@click.pass_obj
+def adapters_list(place: tuple[str | None, str | None], as_json: bool) -> None:
+    """List every version of every adapter that was added; `*` marks the one that its name means."""
+    entries = _with(place, AdapterRegistry.read)
+    catalogue = Catalogue(entries.values())
+    if as_json:
+        rows = [_row(adapter, catalogue) for adapter in catalogue]
+        click.echo(json.dumps(rows, indent=2))
+        return
+    if not len(catalogue):
+        click.echo("no adapters were added: see warmgate adapters add --help")
+        return
+    width = max(len(adapter.adapter_id) for adapter in catalogue)
+    for adapter in catalogue:
+        mark = "*" if catalogue.named(adapter.name) == adapter else " "
+        about = f"rank {adapter.rank:<4} owner {adapter.owner or 'all'}  {adapter.path}"
+        click.echo(f"{mark} {adapter.adapter_id:<{width}}  {adapter.base_model}  {about}".rstrip())
+
+
+@adapters.command("add")
+@click.argument("name")
+@click.option("--base-model", required=True, help="The id of the model it was trained on.")
+@click.option("--version", default="1", show_default=True, help="Names these weights for ever.")
+@click.option("--path", default="", help="Where replicas find the weights.")
+@click.option("--rank", default=8, show_default=True, type=click.IntRange(1, 512))
+@click.option("--owner", help="The one tenant that may use it [default: all].")
+@click.option("--num-bytes", default=0, type=click.IntRange(min=0), help="Size on disk, for information.")
+@click.pass_obj
+def adapters_add(place: tuple[str | None, str | None], /, **fields: object) -> None:
+    """Add a version of NAME and make it the current one; requests find it within a second.
+
+    A version that was added before becomes current again: that is how to roll back.
+    """
+    try:
+        adapter = msgspec.convert(fields, Adapter)
+    except msgspec.ValidationError as error:
+        raise click.UsageError(str(error)) from error
+    _with(place, lambda registry: registry.add(adapter))
+    click.echo(f"{adapter.name} is {adapter.adapter_id} now")
+
+
+@adapters.command("remove")
+@click.argument("name")
+@click.pass_obj
+def adapters_remove(place: tuple[str | None, str | None], name: str) -> None:
+    """Remove NAME with all its versions, or one NAME@VERSION. Requests under way end as they would have."""
+    gone = _with(place, lambda registry: registry.remove(name))
+    for adapter in gone:
+        click.echo(f"{adapter.adapter_id} is removed")
+
+
+def _row(adapter: Adapter, catalogue: Catalogue) -> dict[str, object]:
+    return {**msgspec.structs.asdict(adapter), "current": catalogue.named(adapter.name) == adapter}
+
+
+def _with(place: tuple[str | None, str | None], work: Callable[[AdapterRegistry], Awaitable[T]]) -> T:
+    """Runs `work` on the registry meant. Raises AdapterError."""
+
+    async def run() -> T:
+        store = Store(*_found(place), StoreOptions(timeout_s=TIMEOUT_S))
+        try:
+            return await work(AdapterRegistry(store))
+        finally:
+            await store.close()
+
+    try:
+        return asyncio.run(run())
+    except (StoreError, AdapterConflictError, ValueError) as error:
+        raise AdapterError(str(error)) from error
+
+
+def _found(place: tuple[str | None, str | None]) -> tuple[str, str]:
+    """The URL and cluster meant: those given, else those of the one instance that runs here."""
+    redis, cluster = place
+    if redis is not None and redis != "embedded":
+        return redis, cluster or "warmgate"
+    running = [i for i in find_instances(Path(tempfile.gettempdir())) if i.redis_url and cluster in (None, i.cluster)]
+    if not running:
+        raise AdapterError("no instance is running on this machine: start one, or give --redis and --cluster")
+    if len(running) > 1:
+        clusters = ", ".join(instance.cluster for instance in running)
+        raise AdapterError(f"several instances run here: choose one with --cluster: {clusters}")
+    return running[0].redis_url, running[0].cluster

@@ -1,0 +1,53 @@
+"""Two pictures of a simulation: how long first tokens take, and how many come in time as load grows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ops.simulate.cells import NUM_CDF_POINTS, Finding
+from ops.simulate.errors import SimulationError
+
+
+def plot(findings: Sequence[Finding], path: Path, title: str) -> None:
+    """Writes TTFT CDFs and SLO attainment against load (PNG, SVG or PDF, by the name). Raises SimulationError."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SimulationError(f"a plot needs matplotlib (pip install matplotlib): {error}") from error
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    cdf, attainment = figure.subplots(1, 2)
+    ranks = [i / (NUM_CDF_POINTS - 1) for i in range(NUM_CDF_POINTS)]
+    for finding in findings:
+        name = label(finding, findings)
+        cdf.plot([max(s, 1e-3) for s in finding.cdf_s], ranks, label=f"{name} at {finding.load:.2f}")
+        loads, values = zip(*finding.curve, strict=True)
+        attainment.plot(loads, values, marker="o", markersize=3, label=name)
+    slo = findings[0].cell.fleet.slo
+    cdf.set(xscale="log", xlabel="seconds to the first token", ylabel="part of the requests", ylim=(0, 1))
+    attainment.axhline(slo.attainment, color="grey", linewidth=0.8, linestyle="--")
+    attainment.set(xscale="log", xlabel="load (1.0 = prefill of the fleet, uncached)", ylabel="in time", ylim=(0, 1.02))
+    for axes in (cdf, attainment):
+        axes.grid(alpha=0.3)
+    cdf.legend(fontsize="small")
+    try:
+        figure.savefig(path, dpi=130)
+    except (OSError, ValueError) as error:
+        raise SimulationError(f"{path}: {error}") from error
+
+
+def label(finding: Finding, among: Sequence[Finding]) -> str:
+    """The policy, with what tells it from the others of the same name."""
+    words = [finding.cell.policy]
+    fleets = [other.cell.fleet for other in among]
+    fleet = finding.cell.fleet
+    if len({f.replica.order for f in fleets}) > 1:
+        words.append(fleet.replica.order)
+    if len({f.num_replicas for f in fleets}) > 1:
+        words.append(f"N={fleet.num_replicas}")
+    if len({f.replica.kv_tokens for f in fleets}) > 1:
+        words.append(f"{fleet.replica.kv_tokens / 1e6:g} M")
+    return " ".join(words)

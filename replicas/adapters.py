@@ -1,0 +1,325 @@
+"""LoRA adapters around any engine: loaded when first asked for, never taken from whoever uses them.
+
+    submit ─► resident? ─ yes ─► pinned ─► engine.submit ─► … ─► terminal delta ─► unpinned
+                 └─ no ─► waits with all others for the one load of its adapter ─┘ or ends with why it failed
+
+The engine itself only loads and unloads what it is told to; which, when and where is decided here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from replicas.adapter_loads import AdapterLoader, not_found
+from replicas.adapter_slots import AdapterSlots
+from replicas.adapter_source import AdapterSource
+from replicas.adapter_waiters import Waiting, WaitingRoom
+from replicas.contract import (
+    AdapterSpec,
+    Engine,
+    EngineError,
+    EngineFacts,
+    EngineStats,
+    Fault,
+    GenerateRequest,
+    KvEvent,
+    RefusedError,
+    StepDelta,
+    StepSink,
+)
+from routing.waiting import merged
+
+_DECAY = 0.9
+MAX_NOTED_FAILURES = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterOptions:
+    """`max_waiting` bounds requests that wait for loads. A failed load is not tried again for `retry_s`. A prefetched
+    adapter keeps its slot for `hold_s`. `clock`: monotonic seconds."""
+
+    max_loads: int = 2
+    max_waiting: int = 1024
+    retry_s: float = 1.0
+    hold_s: float = 5.0
+    clock: Callable[[], float] = time.monotonic
+
+
+class AdapterEngine:
+    """`replicas.contract.Engine` around one that loads adapters when told: requests may name any adapter of `source`.
+
+    An engine without adapter slots is left as it is. `on_change` is called when a load begins or ends, so that whoever
+    pushes `stats` can do so at once.
+    """
+
+    def __init__(self, engine: Engine, source: AdapterSource, options: AdapterOptions | None = None) -> None:
+        self.on_change: Callable[[], None] = lambda: None
+        self._engine = engine
+        self._source = source
+        self._options = options or AdapterOptions()
+        self._clock = self._options.clock
+        self._slots = AdapterSlots(0)
+        self._loader = AdapterLoader(engine, self._slots, self._options.max_loads, self._clock)
+        self._room = WaitingRoom()
+        self._uses: dict[str, tuple[str, float]] = {}  # request → adapter, since when
+        self._use_s = 0.0
+        self._given: dict[str, AdapterSpec] = {}
+        self._early: set[str] = set()
+        self._held: dict[str, asyncio.TimerHandle] = {}
+        self._failed: dict[str, tuple[Fault, float]] = {}
+        self._searches: dict[str, asyncio.Task[None]] = {}
+        self._sink: StepSink | None = None
+        self._draining = False
+        self._closing = False
+
+    # Engine protocol.
+
+    async def start(self, sink: StepSink) -> EngineFacts:
+        """Starts the engine within. Raises EngineError."""
+        self._sink = sink
+        facts = await self._engine.start(self._deliver)
+        self._slots = AdapterSlots(facts.max_adapters)
+        self._loader = AdapterLoader(self._engine, self._slots, self._options.max_loads, self._clock)
+        self._loader.on_end = self._on_end
+        self._loader.on_change = lambda: self.on_change()
+        return facts
+
+    def submit(self, request: GenerateRequest) -> None:
+        """Accepts a request: exactly one terminal delta follows. Raises RefusedError, then none does."""
+        adapter_id = request.adapter
+        if adapter_id is None or not self._slots.num_slots:
+            self._engine.submit(request)
+            return
+        self._slots.used(adapter_id, self._clock())
+        if self._slots.is_resident(adapter_id):
+            self._run(request, adapter_id)
+            return
+        fault = self._refusal(request, adapter_id)
+        if fault is not None:
+            raise RefusedError(fault)
+        self._room.add(adapter_id, Waiting(request, self._clock()))
+        self._want(adapter_id)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request with finish_reason `abort`. No-op when finished."""
+        if request_id not in self._room:
+            self._engine.abort(request_id)
+            return
+        request = self._room.leave(request_id).request
+        assert request.adapter is not None
+        if request.adapter not in self._room.adapters:
+            self._loader.forget(request.adapter)
+            if not self._loader.is_under_way(request.adapter):
+                self._early.discard(request.adapter)
+        delta = StepDelta(request_id, request.attempt, finish_reason="abort")
+        asyncio.get_running_loop().call_soon(self._emit, [delta])
+
+    async def load_adapter(self, adapter: AdapterSpec) -> None:
+        """Returns when the adapter is resident. Raises EngineError when it cannot be loaded."""
+        if not self._slots.num_slots:
+            await self._engine.load_adapter(adapter)
+        elif not self._slots.is_resident(adapter.adapter_id):
+            self._given[adapter.adapter_id] = adapter
+            loaded = self._room.add_caller(adapter.adapter_id)
+            self._want(adapter.adapter_id)
+            await loaded
+
+    async def unload_adapter(self, adapter_id: str) -> None:
+        """Takes an adapter out of its slot. Raises EngineError while it is in use or on its way."""
+        self._let_go(adapter_id)
+        if self._loader.is_under_way(adapter_id) or self._slots.is_in_use(adapter_id):
+            raise EngineError(f"adapter {adapter_id} is in use")
+        self._given.pop(adapter_id, None)
+        if self._slots.is_resident(adapter_id):
+            self._slots.drop(adapter_id)
+        await self._engine.unload_adapter(adapter_id)
+        self._loader.pump()
+
+    def prefetch(self, adapter_id: str) -> None:
+        """A request for it will come soon. Only a hint: at most half of the slots are kept for prefetched adapters."""
+        slots = self._slots
+        if self._closing or slots.is_resident(adapter_id) or self._loader.is_under_way(adapter_id):
+            return
+        spec = self._spec(adapter_id)
+        if spec is not None and len(self._held) + len(self._early) < slots.num_slots // 2:
+            self._early.add(adapter_id)
+            self._loader.prefetch(spec)
+
+    def stats(self) -> EngineStats:
+        """The engine's load, requests that wait for adapters and the state of the slots included."""
+        stats, slots, room = self._engine.stats(), self._slots, self._room
+        if not slots.num_slots:
+            return stats
+        queue_s = self._loader.queue_s()
+        if not slots.has_room:  # the first of n uses ends after about 1/n of their mean time
+            queue_s += self._use_s / slots.num_slots
+        return msgspec.structs.replace(
+            stats,
+            num_waiting=stats.num_waiting + len(room),
+            num_waiting_adapter=len(room),
+            num_waiting_tokens=stats.num_waiting_tokens + room.num_tokens,
+            waiting_sizes=merged(stats.waiting_sizes, room.sizes()) if len(room) else stats.waiting_sizes,
+            adapters=slots.resident,
+            loading=self._loader.left(),
+            adapter_load_s=self._loader.times.estimate_s(),
+            adapter_queue_s=queue_s,
+        )
+
+    def kv_events(self) -> list[KvEvent]:
+        return self._engine.kv_events()
+
+    async def drain(self) -> None:
+        """Refuses new requests, lets those that wait for adapters have them, and returns when the last has ended."""
+        self._draining = True
+        await self._room.empty()
+        await self._engine.drain()
+
+    async def close(self) -> None:
+        """Stops at once; open requests end with `engine_dead`. Idempotent."""
+        self._closing = True
+        for adapter_id in list(self._held):
+            self._let_go(adapter_id)
+        for task in self._searches.values():
+            task.cancel()
+        await self._loader.close()
+        try:
+            await self._engine.close()
+        finally:
+            for adapter_id in self._room.adapters:
+                self._fail(adapter_id, Fault("engine_dead", "the engine was closed", retryable=True))
+
+    # Requests.
+
+    def _refusal(self, request: GenerateRequest, adapter_id: str) -> Fault | None:
+        """Why a request may not even wait."""
+        if self._draining or self._closing:
+            return Fault("draining", "the engine is draining", retryable=True)
+        if request.request_id in self._room or request.request_id in self._uses:
+            return Fault("internal", f"request id {request.request_id} is open already")
+        if len(self._room) >= self._options.max_waiting:
+            message = f"the engine is full: {len(self._room)} requests wait for adapters"
+            return Fault("overloaded", message, retryable=True)
+        fault, until = self._failed.get(adapter_id, (None, 0.0))
+        return fault if self._clock() < until else None
+
+    def _run(self, request: GenerateRequest, adapter_id: str) -> None:
+        """Gives a request whose adapter is resident to the engine. Raises RefusedError."""
+        self._slots.pin(adapter_id)
+        try:
+            self._engine.submit(request)
+        except BaseException:
+            self._slots.unpin(adapter_id)
+            raise
+        self._uses[request.request_id] = (adapter_id, self._clock())
+        self._let_go(adapter_id)
+
+    def _begin(self, waiting: Waiting, adapter_id: str) -> Fault | None:
+        """Hands over a request that has waited; returns why it will not run."""
+        request = waiting.request
+        if request.deadline_s is not None:
+            left_s = request.deadline_s - (self._clock() - waiting.since)
+            if left_s <= 0:
+                message = f"the deadline of {request.deadline_s} s passed while adapter {adapter_id} was loaded"
+                return Fault("deadline_exceeded", message)
+            request = msgspec.structs.replace(request, deadline_s=left_s)
+        try:
+            self._run(request, adapter_id)
+        except RefusedError as error:
+            return error.fault
+        except EngineError as error:
+            return Fault("engine_dead", str(error), retryable=True)
+        return None
+
+    def _deliver(self, deltas: Sequence[StepDelta]) -> None:
+        """The engine's sink."""
+        if self._uses:
+            for delta in deltas:
+                if delta.finish_reason is not None and delta.request_id in self._uses:
+                    adapter_id, since = self._uses.pop(delta.request_id)
+                    self._use_s = _DECAY * self._use_s + (1 - _DECAY) * (self._clock() - since)
+                    self._slots.unpin(adapter_id)
+                    self._loader.pump()
+        self._emit(deltas)
+
+    def _emit(self, deltas: Sequence[StepDelta]) -> None:
+        assert self._sink is not None
+        self._sink(deltas)
+
+    # Adapters.
+
+    def _spec(self, adapter_id: str) -> AdapterSpec | None:
+        return self._given.get(adapter_id) or self._source.find(adapter_id)
+
+    def _want(self, adapter_id: str) -> None:
+        """Sees that the adapter is on its way; one that is unknown here is looked for first."""
+        spec = self._spec(adapter_id)
+        if spec is not None:
+            self._loader.want(spec)
+        elif adapter_id not in self._searches:
+            task = asyncio.create_task(self._search(adapter_id), name=f"look for {adapter_id}")
+            self._searches[adapter_id] = task
+            task.add_done_callback(lambda _: self._searches.pop(adapter_id, None))
+
+    async def _search(self, adapter_id: str) -> None:
+        """An ingress may have heard of it before this replica did."""
+        await self._source.refresh()
+        spec = self._spec(adapter_id)
+        if spec is None:
+            self._fail(adapter_id, not_found(adapter_id, "is not in the catalogue"))
+        elif adapter_id in self._room.adapters:
+            self._loader.want(spec)
+
+    def _on_end(self, adapter_id: str, fault: Fault | None) -> None:
+        """A load has ended: everybody who waited for it is answered, once."""
+        if fault is not None:
+            self._fail(adapter_id, fault)
+            return
+        waiters = self._room.take(adapter_id)
+        self._failed.pop(adapter_id, None)
+        if adapter_id in self._early:
+            self._early.remove(adapter_id)
+            if not waiters.requests:
+                self._hold(adapter_id)
+        for caller in waiters.callers:
+            if not caller.done():
+                caller.set_result(None)
+        faults = [(waiting, self._begin(waiting, adapter_id)) for waiting in waiters.requests.values()]
+        refused = [_terminal(waiting, fault) for waiting, fault in faults if fault is not None]
+        if refused:
+            self._emit(refused)
+
+    def _fail(self, adapter_id: str, fault: Fault) -> None:
+        """Ends everybody who waits for an adapter, and nobody else."""
+        self._early.discard(adapter_id)
+        self._failed[adapter_id] = (fault, self._clock() + self._options.retry_s)
+        if len(self._failed) > MAX_NOTED_FAILURES:
+            del self._failed[next(iter(self._failed))]
+        waiters = self._room.take(adapter_id)
+        for caller in waiters.callers:
+            if not caller.done():
+                caller.set_exception(EngineError(fault.message))
+        if waiters.requests:
+            self._emit([_terminal(waiting, fault) for waiting in waiters.requests.values()])
+
+    def _hold(self, adapter_id: str) -> None:
+        """Keeps a prefetched adapter until it is used, for a while."""
+        self._slots.pin(adapter_id)
+        loop = asyncio.get_running_loop()
+        self._held[adapter_id] = loop.call_later(self._options.hold_s, self._let_go, adapter_id)
+
+    def _let_go(self, adapter_id: str) -> None:
+        """Ends a hold; no-op when there is none."""
+        timer = self._held.pop(adapter_id, None)
+        if timer is not None:
+            timer.cancel()
+            self._slots.unpin(adapter_id)
+            self._loader.pump()
+
+
+def _terminal(waiting: Waiting, fault: Fault) -> StepDelta:
+    return StepDelta(waiting.request.request_id, waiting.request.attempt, finish_reason="error", fault=fault)

@@ -1,0 +1,255 @@
+"""The catalogue of LoRA adapters: which there are, of which model, whose; shared through Redis, copied into memory.
+
+    wg:{cluster}:adapters         hash: name@version → JSON of an entry (adapter, when it was written, whether removed)
+    wg:{cluster}:adapters:stamp   changes with every write, so that watchers read the hash only when there is news
+
+Entries are last-writer-wins by their time, and a removal is an entry as well: so copies can be merged in any order. A
+watcher that finds an entry missing or older than its own puts it back: a Redis that was emptied loses no adapter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from configs.schema import AdapterConfig, ModelId, Name
+from routing.store import BadValueError, Command, Reply, Store, StoreError, StoreReplyError
+
+log = logging.getLogger(__name__)
+
+MAX_ADAPTERS = 10_000
+
+
+class Adapter(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A LoRA adapter. `path`: where replicas find it; `owner`: the one tenant that may use it, None for all.
+
+    A version names one set of weights for ever: caches are keyed by it.
+    """
+
+    name: ModelId
+    base_model: ModelId
+    version: Name = "1"
+    path: str = ""
+    rank: Annotated[int, Meta(ge=1, le=512)] = 8
+    owner: Name | None = None
+    num_bytes: Annotated[int, Meta(ge=0)] = 0
+
+    @property
+    def adapter_id(self) -> str:
+        """`name@version`, what travels with requests and separates caches."""
+        return f"{self.name}@{self.version}"
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What was last written about one version. `at_us`: Unix microseconds."""
+
+    adapter: Adapter
+    at_us: int
+    removed: bool = False
+
+
+Entries: TypeAlias = Mapping[str, Entry]
+"""By `name@version`."""
+
+_encode = msgspec.json.Encoder().encode
+_decoder = msgspec.json.Decoder(Entry)
+
+
+class AdapterConflictError(ValueError):
+    """This version exists with other weights, or there is no such adapter to remove."""
+
+
+class Catalogue:
+    """The adapters there are, at one moment. Of several versions of a name the last one written is the current one."""
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        live = sorted((e for e in entries if not e.removed), key=lambda e: (e.at_us, e.adapter.adapter_id))
+        self._by_id = {e.adapter.adapter_id: e.adapter for e in live}
+        self._by_name = {e.adapter.name: e.adapter for e in live}
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __iter__(self) -> Iterator[Adapter]:
+        """Every version, by name."""
+        return iter(sorted(self._by_id.values(), key=lambda a: (a.name, a.version)))
+
+    def current(self) -> list[Adapter]:
+        """One adapter a name, the one that the name alone means."""
+        return sorted(self._by_name.values(), key=lambda a: a.name)
+
+    def named(self, name: str) -> Adapter | None:
+        """What a client means by `name` or `name@version`."""
+        return self._by_name.get(name) or self._by_id.get(name)
+
+    def find(self, adapter_id: str) -> Adapter | None:
+        """The adapter of a `name@version`."""
+        return self._by_id.get(adapter_id)
+
+
+EMPTY = Catalogue(())
+
+
+def declared(adapters: Sequence[AdapterConfig]) -> list[Entry]:
+    """A profile's adapters as entries older than any that was written, the last of a name the current one."""
+    return [
+        Entry(adapter=Adapter(**msgspec.structs.asdict(config)), at_us=order) for order, config in enumerate(adapters)
+    ]
+
+
+class AdapterRegistry:
+    """Reads and writes the shared catalogue; for the command line and for tests of it. `wall_clock`: Unix seconds."""
+
+    def __init__(self, store: Store, wall_clock: Callable[[], float] = time.time) -> None:
+        self._store = store
+        self._wall_clock = wall_clock
+        self._key = store.keys("adapters")
+        self._stamp_key = store.keys("adapters", "stamp")
+
+    async def stamp(self) -> bytes | None:
+        """What changes with every write. Raises StoreError."""
+        found: bytes | None = await self._store.execute("GET", self._stamp_key)
+        return found
+
+    async def read(self) -> dict[str, Entry]:
+        """Every entry, removals included; those that make no sense are left out. Raises StoreError."""
+        reply: Reply = await self._store.execute("HGETALL", self._key)
+        if len(reply) > MAX_ADAPTERS:
+            raise StoreReplyError(f"the catalogue has {len(reply)} adapters, at most {MAX_ADAPTERS} make sense")
+        entries: dict[str, Entry] = {}
+        for raw_id, raw in reply.items():
+            with contextlib.suppress(BadValueError, UnicodeDecodeError):
+                adapter_id = raw_id.decode()
+                entry = self._store.decode(f"{self._key}[{adapter_id}]", raw, _decoder)
+                if entry.adapter.adapter_id == adapter_id:
+                    entries[adapter_id] = entry
+        return entries
+
+    async def write(self, entries: Iterable[Entry]) -> None:
+        """Writes entries as they are. Raises StoreError."""
+        commands: list[Command] = [("HSET", self._key, e.adapter.adapter_id, _encode(e)) for e in entries]
+        replies = await self._store.pipeline([*commands, ("SET", self._stamp_key, secrets.token_hex(8))])
+        for reply in replies:
+            if isinstance(reply, StoreReplyError):
+                raise reply
+
+    async def add(self, adapter: Adapter) -> None:
+        """Adds a version and makes it its name's current one; one that was there before becomes current again.
+
+        Raises AdapterConflictError when that version has, or had, other weights; StoreError.
+        """
+        entries = await self.read()
+        known = entries.get(adapter.adapter_id)
+        if known is not None and _weights(known.adapter) != _weights(adapter):
+            raise AdapterConflictError(
+                f"{adapter.adapter_id} exists with other weights ({_shown(known.adapter)}); give it a new version"
+            )
+        live = sum(not entry.removed for entry in entries.values())
+        if live >= MAX_ADAPTERS and (known is None or known.removed):
+            raise AdapterConflictError(f"the catalogue is full: {live} adapters")
+        await self.write([Entry(adapter=adapter, at_us=self._next_us(entries))])
+
+    async def remove(self, name: str) -> list[Adapter]:
+        """Removes `name@version`, or every version of `name`; returns what was removed.
+
+        Raises AdapterConflictError when there is none; StoreError.
+        """
+        entries = await self.read()
+        gone = [e.adapter for i, e in entries.items() if not e.removed and name in (i, e.adapter.name)]
+        if not gone:
+            raise AdapterConflictError(f"there is no adapter {name!r} in the registry")
+        at_us = self._next_us(entries)
+        await self.write(Entry(adapter=adapter, at_us=at_us, removed=True) for adapter in gone)
+        return gone
+
+    def _next_us(self, entries: Entries) -> int:
+        """Now, or later than everything written so far: a clock that is behind must not lose its write."""
+        return max(round(self._wall_clock() * 1e6), 1 + max((e.at_us for e in entries.values()), default=0))
+
+
+def _weights(adapter: Adapter) -> tuple[str, str, int, int]:
+    return adapter.base_model, adapter.path, adapter.rank, adapter.num_bytes
+
+
+def _shown(adapter: Adapter) -> str:
+    return f"base model {adapter.base_model}, rank {adapter.rank}, path {adapter.path or 'none'}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterWatchOptions:
+    """Seconds. News are looked for every `poll_s`; the whole is read anew every `reread_s` in any case."""
+
+    poll_s: float = 0.25
+    reread_s: float = 30.0
+    clock: Callable[[], float] = time.monotonic
+
+
+class AdapterWatch:
+    """A process's copy of the catalogue, kept fresh by a task of its own; reading it never waits.
+
+    While Redis cannot be asked, the last copy stays; what Redis has lost is put back. `own`: entries that need no
+    Redis (a profile's).
+    """
+
+    def __init__(self, store: Store, own: Sequence[Entry] = (), options: AdapterWatchOptions | None = None) -> None:
+        self._registry = AdapterRegistry(store)
+        self._options = options or AdapterWatchOptions()
+        self._own = {entry.adapter.adapter_id: entry for entry in own}
+        self._shared: dict[str, Entry] = {}
+        self._catalogue = Catalogue(own)
+        self._stamp: bytes | None = None
+        self._read_at: float | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def catalogue(self) -> Catalogue:
+        return self._catalogue
+
+    def start(self) -> None:
+        """Begins to watch; returns at once. Call it once."""
+        assert self._task is None, "the watch runs already"
+        self._task = asyncio.create_task(self._keep(), name="watch adapters")
+
+    async def close(self) -> None:
+        """Stops watching; the last copy stays readable. Idempotent."""
+        if self._task is not None:
+            task, self._task = self._task, None
+            while not task.done():  # a library in between may swallow one cancellation
+                task.cancel()
+                await asyncio.wait([task], timeout=0.1)
+
+    async def refresh(self) -> None:
+        """Looks for news once. Raises StoreError, then nothing has changed."""
+        stamp = await self._registry.stamp()
+        now = self._options.clock()
+        due = self._read_at is None or now - self._read_at >= self._options.reread_s
+        if stamp == self._stamp and not due:
+            return
+        found = await self._registry.read()
+        self._stamp, self._read_at = stamp, now
+        lost = [e for i, e in self._shared.items() if i not in found or found[i].at_us < e.at_us]
+        merged = {**found, **{entry.adapter.adapter_id: entry for entry in lost}}
+        if merged != self._shared:
+            self._shared = merged
+            self._catalogue = Catalogue({**self._own, **merged}.values())
+            log.info("adapters: %d", len(self._catalogue))
+        if lost:
+            log.warning("Redis has lost %d adapters: putting them back", len(lost))
+            await self._registry.write(lost)
+
+    async def _keep(self) -> None:
+        while True:
+            try:
+                await self.refresh()
+            except StoreError as error:
+                log.debug("keeping %d known adapters: %s", len(self._catalogue), error)
+            await asyncio.sleep(self._options.poll_s)

@@ -1,0 +1,182 @@
+"""Where adapters should live, and what a replica without one costs a request: pure functions.
+
+Every adapter has its own order of the replicas (rendezvous hashing, Thaler and Ravishankar 1998), the same at every
+ingress. It lives on the first of them that has room, where room is bounded load (after consistent hashing with bounded
+loads, Mirrokni, Thorup and Zadimoghaddam 2016) and a fair part of the adapters; one whose demand is more than a replica
+can give it lives on as many as it needs.
+
+    demand (decayed counts) ─► shares ─► place ─► homes of each adapter ─► Snapshot.homes ─► cost
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from math import ceil, frexp
+from typing import TypeAlias
+
+from xxhash import xxh3_64_intdigest
+
+from routing.types import ReplicaState, RouteRequest
+
+MAX_OVER_MEAN = 1.15
+"""The most that a replica's share of adapter demand may exceed the mean."""
+
+STAY = 1.1
+"""Who lives on a replica may stay up to this much beyond the room for newcomers: shares are mere estimates."""
+
+SPREAD_EVENLY = 0.8
+"""The part of all smaller adapters' demand that every replica is expected to get its even share of."""
+
+REFERENCE_RANK = 8
+"""`adapter_load_s` is for this rank; a load's time grows with the rank."""
+
+PRIOR_LOAD_S = 0.5
+"""Assumed where no load has been measured yet."""
+
+STRAY_LOADS = 4.0
+"""Harm of loading an adapter away from its homes, in loads: somebody's place there is taken, who then strays or takes
+another's. Measured (docs/benchmarks.md, adapters): 1 costs 20 to 50 % more swaps than one pooled cache, 4 none."""
+
+STRAY_USES = 3.0
+"""The same for using a copy that is there already, and that would go if nobody did."""
+
+Homes: TypeAlias = Mapping[str, tuple[str, ...]]
+"""Replicas by adapter, the best first."""
+
+
+def load_s(request: RouteRequest, replica: ReplicaState) -> float:
+    """Seconds that loading the request's adapter takes on this replica, once begun."""
+    return (replica.adapter_load_s or PRIOR_LOAD_S) * request.adapter_rank / REFERENCE_RANK
+
+
+def adapter_wait_s(request: RouteRequest, replica: ReplicaState) -> float:
+    """Seconds before this replica can use the request's adapter.
+
+    0 when it is resident or none is asked for; what is left of a load under way; else the wait for a loader and a slot
+    (when all are in use), and the load.
+    """
+    adapter = request.adapter
+    if adapter is None or adapter in replica.adapters:
+        return 0.0
+    for loading, left_s in replica.loading:
+        if loading == adapter:
+            return left_s
+    return replica.adapter_queue_s + load_s(request, replica)
+
+
+def stray_s(request: RouteRequest, replica: ReplicaState, homes: Collection[str]) -> float:
+    """Harm done to others by using the adapter away from its homes: 0 at home, without an adapter or without homes."""
+    if request.adapter is None or not homes or replica.replica_id in homes:
+        return 0.0
+    loads = STRAY_USES if request.adapter in replica.adapters else STRAY_LOADS
+    return loads * load_s(request, replica)
+
+
+class Rendezvous:
+    """The order in which each adapter likes the replicas: highest hash of (replica, adapter) first.
+
+    A replica more or less moves only the adapters that like it best. Orders are remembered for one set of replicas.
+    """
+
+    def __init__(self, replica_ids: Collection[str]) -> None:
+        self.replica_ids = tuple(sorted(replica_ids))
+        self._encoded = [(replica_id.encode(), replica_id) for replica_id in self.replica_ids]
+        self._orders: dict[str, tuple[str, ...]] = {}
+
+    def order(self, adapter_id: str) -> tuple[str, ...]:
+        """All replicas, the adapter's favourite first."""
+        found = self._orders.get(adapter_id)
+        if found is None:
+            seed = xxh3_64_intdigest(adapter_id.encode())
+            scored = sorted([(xxh3_64_intdigest(raw, seed), name) for raw, name in self._encoded], reverse=True)
+            found = self._orders[adapter_id] = tuple([name for _, name in scored])
+        return found
+
+
+def place(
+    shares: Mapping[str, float], rendezvous: Rendezvous, living: Mapping[str, Collection[str]], previous: Homes
+) -> dict[str, tuple[str, ...]]:
+    """The homes of every adapter that is asked for.
+
+    `shares`: each adapter's part of all work of the model. `living`: the replicas where an adapter is resident or being
+    loaded, as they tell it, so the same at every ingress. `previous`: the last result. An adapter stays where it lives
+    as long as load allows.
+
+    The largest choose first, in classes of powers of two (by hash within one, so that noise moves nobody). A home needs
+    room for its part of the load beside an even share of all that is smaller; an adapter that no replica has such room
+    for gets several. No replica gets more than its share of the adapters placed so far: then its slots hold what is
+    hottest of its own, and all together what is hottest of all.
+    """
+    if not rendezvous.replica_ids:
+        return {}
+    plan = _Plan(rendezvous.replica_ids)
+    homes: dict[str, tuple[str, ...]] = {}
+    smaller = total = max(1.0, sum(shares.values()))  # the base model's own work is as good as many small adapters
+    for names in _by_size(shares):
+        smaller -= sum(shares[name] for name in names)
+        room = (MAX_OVER_MEAN * total - SPREAD_EVENLY * smaller) / len(rendezvous.replica_ids)
+        for name in names:
+            order = rendezvous.order(name)
+            at = _in_order(living.get(name, ()), previous.get(name, ()), order)
+            homes[name] = plan.add(shares[name], room, order, at)
+    return homes
+
+
+def _in_order(living: Collection[str], previous: Sequence[str], order: Sequence[str]) -> list[str]:
+    """Where an adapter lives: its homes so far first, then as it likes them."""
+    at = [replica_id for replica_id in living if replica_id in order]
+    if len(at) > 1:
+        at.sort(key=lambda replica_id: (replica_id not in previous, order.index(replica_id)))
+    return at
+
+
+def _by_size(shares: Mapping[str, float]) -> Iterator[list[str]]:
+    """Adapters in classes of powers of two, the largest first."""
+    classes: dict[int, list[str]] = {}
+    for name, share in shares.items():
+        classes.setdefault(frexp(share)[1], []).append(name)
+    for size in sorted(classes, reverse=True):
+        yield sorted(classes[size], key=lambda name: xxh3_64_intdigest(name.encode()))
+
+
+class _Plan:
+    """What has been given to each replica so far."""
+
+    def __init__(self, replica_ids: Sequence[str]) -> None:
+        self._load = dict.fromkeys(replica_ids, 0.0)
+        self._num = dict.fromkeys(replica_ids, 0)
+        self._num_placed = 0
+
+    def add(self, share: float, room: float, order: Sequence[str], at: Sequence[str]) -> tuple[str, ...]:
+        """Homes for one adapter that lives `at` some replicas; `room`: the load that a replica may have with it."""
+        num_replicas = len(order)
+        least = max(1, min(num_replicas, ceil(share / room)))
+        for wanted in range(least, min(num_replicas, 3 * least + 2) + 1):  # what fits nowhere whole may fit in parts
+            homes = self._fitting(wanted, (share / wanted, room), order, at)
+            if len(homes) == wanted:
+                break
+        else:
+            homes = sorted(order, key=self._load.__getitem__)[:least]
+        for replica_id in homes:
+            self._load[replica_id] += share / len(homes)
+            self._num[replica_id] += 1
+        self._num_placed += len(homes)
+        return tuple(homes)
+
+    def _fitting(self, wanted: int, sizes: tuple[float, float], order: Sequence[str], at: Sequence[str]) -> list[str]:
+        """Up to `wanted` replicas that can take a part: where it lives, then where there are few others, then any."""
+        load, num, (part, room) = self._load, self._num, sizes
+        homes = [r for r in at if load[r] + part <= room * STAY][:wanted]
+        if len(homes) == wanted:
+            return homes
+        max_num = ceil((self._num_placed + wanted) / len(order))
+        crowded: list[str] = []
+        for replica_id in order:
+            if load[replica_id] + part <= room and replica_id not in homes:
+                if num[replica_id] < max_num:
+                    homes.append(replica_id)
+                    if len(homes) == wanted:
+                        return homes
+                else:
+                    crowded.append(replica_id)
+        return (homes + crowded)[:wanted]

@@ -1,0 +1,145 @@
+"""Many simulations at once, and what is printed of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from ops.cli import main
+from ops.simulate.binding import Binder, Bound
+from ops.simulate.cells import Cell, Finding, find, find_all
+from ops.simulate.errors import SimulationError
+from ops.simulate.fleet import FleetSpec
+from ops.simulate.plot import plot
+from ops.simulate.replica import ReplicaSpec
+from tests.ops.simulate.making import conversations
+from tests.ops.simulate.test_readers import mooncake, write_lines
+
+FLEET = FleetSpec(num_replicas=2, replica=ReplicaSpec(kv_tokens=20_000, max_num_batched_tokens=256))
+TRACE = conversations(120, 20.0)
+
+
+def test_workers_find_what_one_process_finds_in_the_order_asked() -> None:
+    cells = [Cell(policy, FLEET, load) for policy in ("warm", "round_robin") for load in (0.3, 0.9, None)]
+    told: list[Finding] = []
+    alone = find_all(TRACE, cells, 1, told.append)
+    assert told == alone
+    together = find_all(TRACE, cells, 2, told.append)
+    assert together == alone and len(told) == 12
+    assert [f.cell for f in together] == cells
+
+
+def test_a_cells_error_arrives_whole() -> None:
+    cells = [Cell("warm", FLEET, 0.3), Cell("nobody", FLEET, 0.3)]
+    with pytest.raises(SimulationError, match="no policy 'nobody'"):
+        find_all(TRACE, cells, 2, lambda finding: None)
+
+
+def test_a_worker_that_dies_is_noticed() -> None:
+    def killed(binder: Binder) -> Bound | None:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return None
+
+    cells = [Cell("warm", replace(FLEET, binding=killed), 0.3)] * 2
+    with pytest.raises(SimulationError, match="a simulating process died"):
+        find_all(TRACE, cells, 2, lambda finding: None)
+
+
+def test_hits_are_set_against_one_pooled_cache() -> None:
+    finding = find(TRACE, Cell("warm", FLEET, 0.1))
+    assert 0.5 < finding.summary["hit_of_pooled_lru"] <= 1.01
+    assert len(finding.cdf_s) == 200 and list(finding.cdf_s) == sorted(finding.cdf_s)
+
+
+@pytest.mark.parametrize("loads", [(0.4,), (None,)])
+def test_plots_are_drawn_with_one_load_and_with_many(tmp_path: Path, loads: tuple[float | None, ...]) -> None:
+    pytest.importorskip("matplotlib")
+    findings = [find(TRACE, Cell(policy, FLEET, loads[0])) for policy in ("warm", "round_robin")]
+    plot(findings, tmp_path / "plot.png", "title")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SimulationError, match="nowhere"):
+        plot(findings, tmp_path / "nowhere" / "plot.png", "title")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    rows = [mooncake(300.0 * i, 700 + 40 * i, [0, i % 5 + 1], num_output=3) for i in range(60)]
+    return write_lines(tmp_path / "trace.jsonl", *rows)
+
+
+def simulated(*args: str | Path) -> tuple[str, dict[str, Any]]:
+    result = CliRunner().invoke(main, ["simulate", *map(str, args)])
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return result.stdout, found
+
+
+def test_the_command_prints_a_table_and_ends_with_one_json_object(path: Path) -> None:
+    output, found = simulated(path, "--policy", "round_robin", "--policy", "warm", "--load", "0.5", "--workers", 1)
+    assert "round_robin" in output and "warm" in output and "trace.jsonl: 60 requests" in output
+    assert [cell["policy"] for cell in found["cells"]] == ["round_robin", "warm"]
+    assert found["requests"] == 60 and found["cells"][0]["load"] == 0.5
+    assert 0 < found["infinite_cache_hit"] < 1
+
+
+def test_every_combination_is_a_cell_and_json_alone_is_one_line(path: Path) -> None:
+    output, found = simulated(
+        path, "--replicas", 2, "--replicas", 3, "--order", "fcfs", "--order", "shortest", "--json", "--workers", 2
+    )
+    assert len(output.splitlines()) == 1
+    assert [(c["replicas"], c["order"]) for c in found["cells"]] == [
+        (2, "fcfs"), (2, "shortest"), (3, "fcfs"), (3, "shortest")
+    ]  # fmt: skip
+
+
+def test_two_runs_print_the_same_but_for_the_seconds_they_took(path: Path) -> None:
+    args = (path, "--policy", "random", "--policy", "power_of_two", "--json", "--seed", 7)
+    (_, first), (_, second) = simulated(*args), simulated(*args)
+    first.pop("seconds"), second.pop("seconds")
+    assert first == second
+
+
+def test_capacity_is_found_from_the_command_line(path: Path) -> None:
+    _, found = simulated(path, "--capacity", "--replicas", 2, "--json")
+    cell = found["cells"][0]
+    assert cell["capacity"] == cell["load"] > 0.1 and len(cell["curve"]) > 5
+
+
+def test_options_reach_the_fleet(path: Path) -> None:
+    _, found = simulated(
+        path, "--stale-ms", 500, "--events-ms", "never", "--ingresses", 2, "--max-ahead", 4, "--adapters", 6,
+        "--adapter-slots", 2, "--tenants", 3, "--head", 40, "--repeat", 2, "--json",
+    )  # fmt: skip
+    assert (found["stats_delay_s"], found["events_delay_s"], found["requests"]) == (0.5, None, 80)
+    cell = found["cells"][0]
+    assert (cell["ingresses"], cell["max_ahead"]) == (2, 4)
+    assert cell["adapter_loads"] > 0 and cell["swaps_of_pooled_lru"] > 0
+    assert any("6 adapters" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (["--policy", "best"], 1, "error: no policy 'best'"),
+        (["--capacity", "--load", "1"], 2, "leave out --load"),
+        (["--load", "0"], 2, "Invalid value for '--load'"),
+        (["--format", "azure"], 1, "error: "),
+    ],
+)
+def test_wrong_options_are_one_line(path: Path, args: list[str], code: int, says: str) -> None:
+    result = CliRunner().invoke(main, ["simulate", str(path), *args])
+    assert result.exit_code == code and says in result.output and "Traceback" not in result.output
+
+
+def test_help_is_that_of_the_group_and_of_its_verbs() -> None:
+    runner = CliRunner()
+    assert "calibrate" in runner.invoke(main, ["simulate", "--help"]).output
+    assert "--kv-tokens" in runner.invoke(main, ["simulate", "trace", "--help"]).output
+    assert "  simulate" in runner.invoke(main, ["--help"]).output
