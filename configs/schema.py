@@ -128,7 +128,11 @@ class RoutingConfig(Section, frozen=True):
 
 
 class AdmissionConfig(Section, frozen=True):
-    """Bounds of the fair queue at each ingress; beyond them requests get 429 with Retry-After."""
+    """Bounds of the fair queue at each ingress; beyond them requests get 429 with Retry-After.
+
+    `look_ahead`: among how many of those who are next request and replica are chosen together; 0 = whoever is next goes
+    as soon as any replica has a place. `max_ahead_per_replica` counts where a replica does not say what it wants.
+    """
 
     max_queued: Positive = 1024
     max_queued_tokens: Positive = 4_000_000
@@ -136,6 +140,7 @@ class AdmissionConfig(Section, frozen=True):
     max_wait_s: PositiveF = 120.0
     max_body_bytes: Positive = 8 * 1024 * 1024
     max_ahead_per_replica: Positive = 8
+    look_ahead: Annotated[int, Meta(ge=0, le=64)] = 16
 
 
 class TenantConfig(Section, frozen=True):
@@ -190,11 +195,15 @@ class RayConfig(Section, frozen=True):
 
 
 class ChannelConfig(Section, frozen=True):
-    """`secret_env` names the variable holding the cluster secret; without it `warmgate serve` draws one a start."""
+    """`secret_env` names the variable holding the cluster secret; without it `warmgate serve` draws one a start.
+
+    `round_trip_s`: how long after a replica said that it can take more it expects to have it.
+    """
 
     secret_env: str = "WARMGATE_CLUSTER_SECRET"
     heartbeat_s: PositiveF = 0.5
     dead_after_s: PositiveF = 1.5
+    round_trip_s: PositiveF = 0.02
 
 
 class TelemetryConfig(Section, frozen=True):

@@ -1,34 +1,31 @@
 """Who may go next: bounds, fair order, late binding.
 
-A job waits here, not at a replica: it leaves only when some replica of its model has a place for it, and then to the
-best one. Each model has its own fair queue, so one model's backlog never stands before another's; the bounds are the
-ingress's.
+A job waits here, not at a replica: it leaves only when some replica of its model has a place for it. Each model has its
+own line, so one model's backlog never stands before another's; the bounds are the ingress's.
 
-    acquire ─► bounds ─► fair queue ─► a place is free ─► Ticket ─ placed() ─► counted at the replica
-                 │           │                              └ close(): the place given back, the charge corrected
-                429      429 / 503 / 504 when it took too long
+    acquire ─► bounds ─► line ─► `gateway.binding`: who, and where ─► Ticket ─ placed() ─► counted at the replica
+                 │         │                                            └ close(): the place and the charge given back
+                429    429 / 503 / 504 when it took too long
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from types import TracebackType
+from math import inf
 from typing import Protocol
 
 from configs.schema import AdmissionConfig
-from gateway.errors import ApiError, DeadlineError, QueueFullError, UnavailableError
-from gateway.fair_queue import Charge, FairQueue
-from gateway.queue_limits import Bounds, DrainRate
+from gateway.alarm import Alarm
+from gateway.binding import Nobody, Pair
+from gateway.errors import ApiError, QueueFullError, UnavailableError
+from gateway.fair_queue import FairQueue
+from gateway.line import Line, Waiting
+from gateway.queue_limits import Bounds
+from gateway.slot import Surroundings
+from gateway.ticket import Reservation, Ticket
 from gateway.types import Job
-from ops.metrics import Metrics
-
-NO_REPLICA_S = 10.0
-"""How long a job waits for a model that has no replica at all: a start or a replacement may be under way."""
-
-NO_REPLICA_RETRY_S = 5.0
-MIN_TIMER_S = 0.005
+from routing.types import RouteRequest
 
 
 class Capacity(Protocol):
@@ -43,90 +40,72 @@ class Capacity(Protocol):
         ...
 
 
-@dataclass(slots=True, eq=False)
-class _Line:
-    """What belongs to one model. `num_unplaced`: tickets given whose job no replica counts yet."""
+class Matching(Protocol):
+    """Who of a model's line goes next, and where."""
 
-    rate: DrainRate
-    observe_wait: Callable[[float], None]
-    queue: FairQueue[_Waiting] = field(default_factory=FairQueue)
-    num_unplaced: int = 0
-    absent_since: float | None = None
+    def due(self, waiting: Waiting) -> float:
+        """What orders the jobs of one tenant."""
+        ...
+
+    def stays(self, waiting: Waiting) -> None:
+        """A job could not go at once."""
+        ...
+
+    def next(self, queue: FairQueue[Waiting], model_id: str, num_free: int) -> Pair[Waiting] | Nobody:
+        """To be asked again until it names nobody."""
+        ...
+
+    def reserve(self, pair: Pair[Waiting]) -> Reservation | None:
+        """Keeps the place of somebody who goes, until it is placed there; None where none is kept."""
+        ...
 
 
-@dataclass(slots=True, eq=False)
-class _Waiting:
-    job: Job
-    num_uncached: int
-    since: float
-    expires: float
-    ticket: asyncio.Future[Ticket]
+def _ignore(route: RouteRequest) -> None:
+    """The default prefetch."""
 
 
-class Ticket:
-    """Leave to run one job. `fair_tag` is its virtual start time. Close it in any case; a `with` block does.
+class FairOrder:
+    """Who is next in fair order, as soon as there is a place anywhere; where is decided when it is sent.
 
-    `served` says what was really used (uncached prompt tokens, output tokens); a ticket closed without costs its tenant
-    nothing.
+    `prefetch` hears of requests that have to wait.
     """
 
-    __slots__ = ("_charge", "_closed", "_line", "_owner", "_placed", "_served", "fair_tag", "model_id", "waited_s")
+    def __init__(self, prefetch: Callable[[RouteRequest], None] = _ignore) -> None:
+        self._prefetch = prefetch
 
-    def __init__(self, owner: Admission, line: _Line, waiting: _Waiting, charge: Charge) -> None:
-        """For Admission only."""
-        self.fair_tag = charge.tag
-        self.model_id = waiting.job.model.id
-        self.waited_s = 0.0
-        self._owner = owner
-        self._line = line
-        self._charge = charge
-        self._placed = False
-        self._closed = False
-        self._served = (0, 0)
+    def due(self, waiting: Waiting) -> float:
+        return waiting.since
 
-    def placed(self) -> None:
-        """The job is counted at a replica from now on (so its place is no longer ours). Idempotent."""
-        if not self._placed:
-            self._placed = True
-            self._line.num_unplaced -= 1
+    def stays(self, waiting: Waiting) -> None:
+        self._prefetch(waiting.route)
 
-    def served(self, num_uncached: int, num_output: int) -> None:
-        """Tokens used so far, in all."""
-        self._served = (num_uncached, num_output)
+    def next(self, queue: FairQueue[Waiting], model_id: str, num_free: int) -> Pair[Waiting] | Nobody:
+        return Pair(queue.turns(1)[0].waiting, None) if queue and num_free > 0 else Nobody()
 
-    def close(self) -> None:
-        """Gives back what is left of it. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        self._line.queue.settle(self._charge, *self._served)
-        if not self._placed:
-            self.placed()
-            self._owner.pump(self.model_id)
+    def reserve(self, pair: Pair[Waiting]) -> Reservation | None:
+        return None
 
-    def __enter__(self) -> Ticket:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+FAIR_ORDER = FairOrder()
 
 
 class Admission:
-    """The fair queue of one ingress. `clock` is monotonic seconds, the one job deadlines are given in."""
+    """The lines of one ingress. Job deadlines are on `around.clock`."""
 
     def __init__(
-        self, config: AdmissionConfig, capacity: Capacity, clock: Callable[[], float], metrics: Metrics
+        self, config: AdmissionConfig, capacity: Capacity, around: Surroundings, matching: Matching = FAIR_ORDER
     ) -> None:
         self._config = config
         self._capacity = capacity
-        self._clock = clock
-        self._metrics = metrics
+        self._matching = matching
+        self._clock = around.clock
+        self._metrics = around.metrics
         self._bounds = Bounds(config)
-        self._lines: dict[str, _Line] = {}
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = 0.0
+        self.on_line: Callable[[str, FairQueue[Waiting]], None] = lambda model_id, queue: None
+        self._lines: dict[str, Line] = {}
+        self._looks: dict[str, float] = {}
+        self._expiry_alarm = Alarm(self.expire, around.clock)
+        self._look_alarm = Alarm(self._look_again, around.clock)
 
     @property
     def num_waiting(self) -> int:
@@ -136,7 +115,7 @@ class Admission:
     def num_unplaced(self) -> int:
         return sum(line.num_unplaced for line in self._lines.values())
 
-    async def acquire(self, job: Job, num_uncached: int) -> Ticket:
+    async def acquire(self, job: Job, route: RouteRequest, num_uncached: int) -> Ticket:
         """Returns when the job may run; `num_uncached` estimates the prompt tokens no cache has.
 
         Raises QueueFullError at once when the bounds leave no room, or when `max_wait_s` has passed; DeadlineError at
@@ -144,72 +123,71 @@ class Admission:
         no trace.
         """
         now = self._clock()
-        model_id = job.model.id
-        line = self._line(model_id)
+        line = self._line(job.model.id)
         expires = now + self._config.max_wait_s
         if job.deadline is not None:
             expires = min(expires, job.deadline)
-        waiting = _Waiting(job, num_uncached, now, expires, asyncio.get_running_loop().create_future())
-        free = self._capacity.num_free(model_id) - line.num_unplaced
-        if line.queue or free <= 0:
+        ticket: asyncio.Future[Ticket] = asyncio.get_running_loop().create_future()
+        waiting = Waiting(job, route, num_uncached, now, expires, ticket)
+        if line.queue or self._num_free(line) <= 0:
             self._make_room(line, waiting)
-        line.queue.push(waiting)
+        waiting.due = self._matching.due(waiting)
+        line.queue.push(waiting, waiting.due)
         self._bounds.add(job)
-        self.pump(model_id)
-        if not waiting.ticket.done():
-            await self._wait(line, waiting)
-        ticket = waiting.ticket.result()
-        ticket.waited_s = self._clock() - now
-        line.observe_wait(ticket.waited_s)
-        return ticket
+        try:
+            self.pump(line.model_id)
+            if not ticket.done():
+                self._matching.stays(waiting)
+                self._expiry_alarm.set(line.stays(waiting))
+                await asyncio.wait((ticket,))
+        except BaseException:  # cancelled, or a fault in a policy: it leaves no trace
+            self._leave(line, waiting)
+            raise
+        given = ticket.result()
+        given.waited_s = self._clock() - now
+        self._metrics.queue_wait_seconds.labels(line.model_id).observe(given.waited_s)
+        return given
 
     def pump(self, model_id: str) -> None:
         """Lets go whom there is a place for; to be called when a model's capacity may have changed. Cheap."""
         line = self._lines.get(model_id)
         if line is None or not line.queue:
             return
-        free = self._capacity.num_free(model_id) - line.num_unplaced
-        while free > 0 and line.queue:
-            waiting, charge = line.queue.pop()
-            self._bounds.remove(waiting.job)
-            line.num_unplaced += 1
-            line.rate.add(charge.cost)
-            waiting.ticket.set_result(Ticket(self, line, waiting, charge))
-            free -= 1
+        while True:
+            found = self._matching.next(line.queue, model_id, self._num_free(line))
+            if isinstance(found, Nobody):
+                break
+            self._let_go(line, found)
+        if found.until < inf:
+            self._looks[model_id] = found.until
+            self._look_alarm.set(found.until)
         if self._capacity.num_ready(model_id):
             line.absent_since = None
         elif line.absent_since is None:
             line.absent_since = self._clock()
-            self._arm(min((self._expiry(line, waiting) for waiting in line.queue), default=None))
+            self._expiry_alarm.set(line.next_expiry())
 
     def expire(self) -> None:
         """Ends the wait of everyone whose time is over. The timer calls it; with a clock of your own, you may."""
         now = self._clock()
-        following: list[float] = []
         for line in self._lines.values():
-            for waiting in list(line.queue):
-                at = self._expiry(line, waiting)
-                if at <= now:
-                    self._fail(line, waiting, self._too_late(line, waiting, now))
-                else:
-                    following.append(at)
-        self._stop_timer()
-        self._arm(min(following, default=None))
+            for waiting in line.expired(now):
+                self._fail(line, waiting, line.too_late(waiting, now))
+        self._expiry_alarm.stop()
+        self._expiry_alarm.set(min((line.next_expiry() for line in self._lines.values()), default=inf))
 
     def retry_after_s(self, model_id: str) -> float:
-        """When a job refused now would have a chance: the backlog over the rate it has been going down at."""
+        """When a job refused now would have a chance."""
         line = self._lines.get(model_id)
-        if line is None:
-            return 1.0
-        return line.rate.seconds_for(line.queue.backlog())
+        return 1.0 if line is None else line.retry_after_s()
 
     def close(self) -> None:
         """Refuses everyone who waits."""
-        self._stop_timer()
         for line in self._lines.values():
             for waiting in list(line.queue):
                 self._fail(line, waiting, UnavailableError("The gateway is shutting down.", retry_after_s=1.0))
-        self._stop_timer()
+        self._expiry_alarm.stop()
+        self._look_alarm.stop()
 
     def check(self) -> None:
         """Asserts that queues, bounds and tickets agree; for tests."""
@@ -220,84 +198,65 @@ class Admission:
             assert line.num_unplaced >= 0
             assert not any(waiting.ticket.done() for waiting in line.queue)
 
-    def _make_room(self, line: _Line, waiting: _Waiting) -> None:
+    def _num_free(self, line: Line) -> int:
+        return self._capacity.num_free(line.model_id) - line.num_unplaced
+
+    def _let_go(self, line: Line, pair: Pair[Waiting]) -> None:
+        waiting = pair.waiting
+        charge = line.queue.take(waiting)
+        self._bounds.remove(waiting.job)
+        reservation = self._matching.reserve(pair)
+        if reservation is None:
+            line.num_unplaced += 1
+        line.let_go(waiting, Ticket(line, charge, (pair.decision, reservation)), charge.cost)
+
+    def _look_again(self) -> None:
+        now = self._clock()
+        due = [model_id for model_id, at in self._looks.items() if at <= now]
+        for model_id in due:
+            del self._looks[model_id]
+            self.pump(model_id)
+        self._look_alarm.set(min(self._looks.values(), default=inf))
+
+    def _make_room(self, line: Line, waiting: Waiting) -> None:
         """Sees that the bounds hold with one more; refuses it, or the newest of whoever takes more than its share."""
         refused = self._bounds.overflow(waiting.job)
         while refused is not None:
             hog = self._bounds.hog(waiting.job)
             if hog is None:
-                raise self._full(waiting.job, refused)
+                raise _full(line, refused)
             for other in self._lines.values():
                 victim = other.queue.newest(hog)
                 if victim is not None:
-                    self._fail(other, victim, self._full(victim.job, refused))
+                    self._fail(other, victim, _full(other, refused))
                     break
             refused = self._bounds.overflow(waiting.job)
 
-    async def _wait(self, line: _Line, waiting: _Waiting) -> None:
-        self._arm(self._expiry(line, waiting))
+    def _leave(self, line: Line, waiting: Waiting) -> None:
+        """Whoever asked for it is gone."""
         ticket = waiting.ticket
-        try:
-            await asyncio.wait((ticket,))
-        except asyncio.CancelledError:
-            if not ticket.done():
-                self._forget(line, waiting)
-            elif ticket.exception() is None:
-                ticket.result().close()
-            raise
+        if not ticket.done():
+            self._forget(line, waiting)
+            ticket.cancel()
+        elif ticket.exception() is None:
+            ticket.result().close()
 
-    def _forget(self, line: _Line, waiting: _Waiting) -> None:
+    def _forget(self, line: Line, waiting: Waiting) -> None:
         line.queue.remove(waiting)
         self._bounds.remove(waiting.job)
 
-    def _fail(self, line: _Line, waiting: _Waiting, error: ApiError) -> None:
+    def _fail(self, line: Line, waiting: Waiting, error: ApiError) -> None:
         self._forget(line, waiting)
         waiting.ticket.set_exception(error)
 
-    def _line(self, model_id: str) -> _Line:
+    def _line(self, model_id: str) -> Line:
         line = self._lines.get(model_id)
         if line is None:
-            observe_wait = self._metrics.queue_wait_seconds.labels(model_id).observe
-            line = self._lines[model_id] = _Line(DrainRate(self._clock), observe_wait)
-            queue = line.queue
-            self._metrics.queue_depth.labels(model_id).set_function(lambda: len(queue))
-            self._metrics.queue_tokens.labels(model_id).set_function(
-                lambda: sum(waiting.job.num_prompt_tokens for waiting in queue)
-            )
+            line = self._lines[model_id] = Line(model_id, self._clock, self.pump)
+            line.measure(self._metrics)
+            self.on_line(model_id, line.queue)
         return line
 
-    def _expiry(self, line: _Line, waiting: _Waiting) -> float:
-        if line.absent_since is None:
-            return waiting.expires
-        return min(waiting.expires, max(line.absent_since, waiting.since) + NO_REPLICA_S)
 
-    def _too_late(self, line: _Line, waiting: _Waiting, now: float) -> ApiError:
-        model_id, waited_s = waiting.job.model.id, now - waiting.since
-        if waiting.job.deadline is not None and waiting.job.deadline <= now:
-            return DeadlineError(f"The request waited {waited_s:.1f} s for model '{model_id}', to its deadline.")
-        if line.absent_since is not None and now < waiting.expires:
-            message = f"No replica of model '{model_id}' is available."
-            return UnavailableError(message, retry_after_s=NO_REPLICA_RETRY_S)
-        return QueueFullError(
-            f"The request waited {waited_s:.1f} s for a place at model '{model_id}'; try again later.",
-            code="queue_timeout",
-            retry_after_s=self.retry_after_s(model_id),
-        )
-
-    def _full(self, job: Job, why: str) -> QueueFullError:
-        message = f"The gateway's queue is full: {why}."
-        return QueueFullError(message, retry_after_s=self.retry_after_s(job.model.id))
-
-    def _arm(self, at: float | None) -> None:
-        """Sees that `expire` runs at that time or earlier."""
-        if at is None or (self._timer is not None and self._timer_at <= at):
-            return
-        self._stop_timer()
-        delay_s = max(at - self._clock(), MIN_TIMER_S)
-        self._timer_at = at
-        self._timer = asyncio.get_running_loop().call_later(delay_s, self.expire)
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+def _full(line: Line, why: str) -> QueueFullError:
+    return QueueFullError(f"The gateway's queue is full: {why}.", retry_after_s=line.retry_after_s())

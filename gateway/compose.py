@@ -28,7 +28,9 @@ from gateway.dispatch import FleetDispatcher
 from gateway.explain import Explainer
 from gateway.fleet import Fleet
 from gateway.fleet_metrics import FleetCollector
+from gateway.fleet_shares import FleetShares
 from gateway.ledger import Ledger
+from gateway.matching import matching
 from gateway.prompt import Prompter
 from gateway.registry_metrics import RegistryCollector
 from gateway.router import Router
@@ -43,6 +45,7 @@ from routing.kv_follow import KvSource
 from routing.kv_registry import KvRegistry, KvRegistryOptions
 from routing.questions import Questions
 from routing.registry import Member, MemberWatch
+from routing.shared_counts import SharedCounts
 from routing.store import Store, StoreError, StoreOptions
 
 FIRST_LINKS_S = 2.0
@@ -72,6 +75,7 @@ class ComposedGateway:
     kv_registry: KvRegistry
     adapters: AdapterWatch
     questions: Questions
+    counts: SharedCounts
 
     async def start(self) -> None:
         """Begins to watch and connect; returns soon, replicas or not. Raises OSError for a usage log it cannot open."""
@@ -85,6 +89,7 @@ class ComposedGateway:
             await self.adapters.refresh()
         self.adapters.start()
         self.questions.start()
+        self.counts.start()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FIRST_LINKS_S):
                 await self.fleet.connected()
@@ -104,6 +109,7 @@ class ComposedGateway:
         await self.watch.close()
         await self.adapters.close()
         await self.questions.close()
+        await self.counts.close()
         await self.kv_registry.close()
         self.admission.close()
         await self.fleet.close()
@@ -126,17 +132,20 @@ async def compose(config: Config, runtime: Runtime, random: Random | None = None
     kv_registry = KvRegistry(store, index, lambda: kv_sources(config, fleet), _kv_options(config, around))
     around.metrics.registry.register(RegistryCollector(kv_registry, index))
     adapters = AdapterWatch(store, declared(config.adapters))
-    admission = Admission(config.admission, fleet, around.clock, around.metrics)
     log = DecisionLog(ingress_id, time.time)
     router = Router(fleet, config.routing, around, log)
+    admission = Admission(config.admission, fleet, around, matching(config, router))
     explainer = Explainer(log, lambda to, question: questions.ask(to, question))
     questions = Questions(store, ingress_id, random, explainer.answer)
+    tenants = Tenants(config.tenants, runtime.secret, around.clock)
+    counts = SharedCounts(store, ingress_id, runtime.secret)
+    FleetShares(counts, admission, tenants)
     usage_log = config.telemetry.usage_log
     gateway = Gateway(
         config=config,
         dispatcher=FleetDispatcher(fleet, admission, router, around),
         prompters={model.id: await _prompter(model, runtime.home, around.metrics) for model in config.models},
-        tenants=Tenants(config.tenants, runtime.secret, around.clock),
+        tenants=tenants,
         ledger=Ledger(around.metrics, None if usage_log is None else Path(usage_log)),
         metrics=around.metrics,
         ingress_id=ingress_id,
@@ -155,6 +164,7 @@ async def compose(config: Config, runtime: Runtime, random: Random | None = None
         kv_registry,
         adapters,
         questions,
+        counts,
     )
 
 

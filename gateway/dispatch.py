@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from gateway.admission import NO_REPLICA_RETRY_S, NO_REPLICA_S, Admission, Ticket
+from gateway.admission import Admission
 from gateway.errors import (
     ApiError,
     ContextLengthError,
@@ -26,9 +26,12 @@ from gateway.errors import (
     UnavailableError,
     from_fault,
 )
-from gateway.fleet import Fleet, Placement
+from gateway.fleet import Fleet
+from gateway.line import NO_REPLICA_RETRY_S, NO_REPLICA_S
+from gateway.placement import Placement
 from gateway.router import Router
 from gateway.slot import DeltaSource, Surroundings
+from gateway.ticket import Ticket
 from gateway.types import Job
 from replicas.channel import FrameTooLargeError, LinkLostError
 from replicas.contract import EngineFacts, Fault, GenerateRequest, StepDelta
@@ -170,8 +173,7 @@ class JobStream:
         """Queue, then attempts, until there is a delta."""
         dispatcher, job = self._dispatcher, self._job
         request = dispatcher.router.request(job)
-        dispatcher.router.prefetch(request)
-        self._ticket = await dispatcher.admission.acquire(job, dispatcher.router.num_uncached(request))
+        self._ticket = await dispatcher.admission.acquire(job, request, dispatcher.router.num_uncached(request))
         try:
             async with asyncio.timeout(self._remaining_s()):
                 delta = await self._attempt(request)
@@ -209,7 +211,7 @@ class JobStream:
         dispatcher = self._dispatcher
         give_up_at = dispatcher.around.clock() + NO_REPLICA_S
         while True:
-            decision = dispatcher.router.decide(request, self.num_attempts + 1)
+            decision = self._decide(request)
             if decision.replica_id is not None:
                 try:
                     return self._send(request, decision)
@@ -227,12 +229,25 @@ class JobStream:
                 async with asyncio.timeout(left_s):  # not wait_for: its task would begin to listen a turn too late
                     await dispatcher.fleet.change()
 
+    def _decide(self, request: RouteRequest) -> Decision:
+        """What was decided when the job was let go, once and while it holds; else anew."""
+        assert self._ticket is not None
+        router = self._dispatcher.router
+        decision = self._ticket.take_decision()
+        if decision is not None and decision.replica_id is not None and self._is_ready(decision.replica_id):
+            router.used(request, decision, self.num_attempts + 1)
+            return decision
+        return router.decide(request, self.num_attempts + 1)
+
+    def _is_ready(self, replica_id: str) -> bool:
+        return self._dispatcher.fleet.is_ready(replica_id)
+
     def _send(self, request: RouteRequest, decision: Decision) -> Placement:
         """Opens the next attempt where the decision says."""
         winner = decision.winner
         assert winner is not None and self._ticket is not None
         num_uncached = request.num_prompt_tokens - winner.matched_tokens
-        attempt = self._generate_request(self.num_attempts + 1, self._ticket.fair_tag)
+        attempt = self._generate_request(self._ticket, num_uncached)
         try:
             placement = self._dispatcher.fleet.place(winner.replica_id, attempt, num_uncached)
         except FrameTooLargeError as error:
@@ -244,18 +259,20 @@ class JobStream:
         self._num_uncached = num_uncached
         return placement
 
-    def _generate_request(self, attempt: int, fair_tag: float) -> GenerateRequest:
+    def _generate_request(self, ticket: Ticket, num_uncached: int) -> GenerateRequest:
         job = self._job
         return GenerateRequest(
             request_id=job.request_id,
             prompt=job.prompt,
             sampling=job.sampling,
-            attempt=attempt,
+            attempt=self.num_attempts + 1,
             adapter=job.adapter,
             tenant=job.tenant.tenant_id,
-            fair_tag=fair_tag,
+            fair_tag=ticket.fair_tag,
+            fair_weight=ticket.fair_weight,
             priority=job.priority,
             deadline_s=self._remaining_s(),
+            num_uncached=num_uncached,
             salt=job.salt,
         )
 

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterable, Mapping
 
 from configs.schema import Config
 from gateway.able import least_able
-from gateway.slot import Connect, DeltaSource, Link, LinkEvents, Sent, Slot, Surroundings
+from gateway.listeners import Listeners
+from gateway.placement import Placement, Reserved
+from gateway.slot import Connect, Link, LinkEvents, Slot, Surroundings
 from replicas.channel import ChannelError
 from replicas.contract import EngineFacts, GenerateRequest
 from routing.index import PrefixIndex
@@ -25,37 +27,6 @@ logger = logging.getLogger("warmgate.fleet")
 
 FIRST_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 2.0
-
-
-class Placement:
-    """One attempt at one replica: the deltas, and its place there until `close`."""
-
-    __slots__ = ("_closed", "_fleet", "_sent", "replica_id", "slot", "source")
-
-    def __init__(self, fleet: Fleet, slot: Slot, opened: tuple[DeltaSource, Sent]) -> None:
-        """For `Fleet.place` only."""
-        self.slot = slot
-        self.replica_id = slot.replica_id
-        self.source, self._sent = opened
-        self._fleet = fleet
-        self._closed = False
-
-    def answered(self) -> None:
-        """Its first delta came: the replica has taken it, and works."""
-        self.slot.arrived(self._sent)
-        self.slot.breaker.succeeded()
-
-    def failed(self) -> None:
-        """The replica could not do it, for a reason of its own."""
-        self._fleet.failed(self.slot)
-
-    def close(self) -> None:
-        """Ends it, at the replica too if it runs on. Idempotent."""
-        if not self._closed:
-            self._closed = True
-            self.source.cancel()
-            self.slot.arrived(self._sent)
-            self._fleet.left(self.slot)
 
 
 class Fleet:
@@ -79,8 +50,7 @@ class Fleet:
         self._facts: dict[str, EngineFacts] = {}
         self._free: dict[str, int] = {}
         self._counted: dict[Slot, tuple[int, bool]] = {}
-        self._subscribers: list[Callable[[str], None]] = []
-        self._sleepers: set[asyncio.Future[None]] = set()
+        self._listeners = Listeners()
 
     # What others ask.
 
@@ -94,9 +64,20 @@ class Fleet:
     def num_free(self, model_id: str) -> int:
         return self._free.get(model_id, 0)
 
+    def prefill_tokens_per_s(self, model_id: str) -> float:
+        """The mean of the replicas that know theirs; 0 while none does."""
+        stats = [slot.link.stats for slot in self._of(model_id) if slot.link is not None]
+        known = [s.prefill_tokens_per_s for s in stats if s.prefill_tokens_per_s > 0]
+        return sum(known) / len(known) if known else 0.0
+
     def states(self, model_id: str) -> tuple[ReplicaState, ...]:
         """Every replica of the model that is connected."""
         return tuple([state for slot in self._of(model_id) if (state := slot.state()) is not None])
+
+    def is_ready(self, replica_id: str) -> bool:
+        """Whether this replica can take requests."""
+        slot = self._slots.get(replica_id)
+        return slot is not None and slot.ready
 
     def is_linked(self, replica_id: str) -> bool:
         """Whether there is a live connection to this replica."""
@@ -109,17 +90,13 @@ class Fleet:
         return [(member, link) for member, link in pairs if link is not None]
 
     def subscribe(self, callback: Callable[[str], None]) -> None:
-        """Calls back with a model's id whenever it has more places than before, or a replica more or less is ready."""
-        self._subscribers.append(callback)
+        """Calls back with a model's id whenever it has more places than before, or a replica more or less is ready; and
+        soon after a replica has told its load."""
+        self._listeners.subscribe(callback)
 
     async def change(self) -> None:
         """Returns when some model has more places than before, or a replica more or less."""
-        sleeper = asyncio.get_running_loop().create_future()
-        self._sleepers.add(sleeper)
-        try:
-            await sleeper
-        finally:
-            self._sleepers.discard(sleeper)
+        await self._listeners.change()
 
     async def connected(self) -> None:
         """Returns when every member that is known is connected."""
@@ -130,8 +107,15 @@ class Fleet:
         """Sends a request to a replica. Raises LinkLostError when it is gone, FrameTooLargeError."""
         slot = self._slots[replica_id]
         placement = Placement(self, slot, slot.open(request, num_uncached))
-        self._refresh(slot)
+        self.refresh(slot)
         return placement
+
+    def reserve(self, replica_id: str, num_uncached: int) -> Reserved:
+        """Keeps a place for a request that is about to be sent there."""
+        slot = self._slots[replica_id]
+        reserved = Reserved(self, slot, num_uncached)
+        self.refresh(slot)
+        return reserved
 
     def prefetch(self, replica_id: str, adapter_id: str) -> None:
         """Tells a replica that a request for the adapter will come. No-op when it is gone."""
@@ -167,14 +151,14 @@ class Fleet:
         while self._closing:
             await asyncio.wait(set(self._closing))
 
-    # Slots report.
+    # What becomes of places (`gateway.placement.SlotKeeper`).
 
     def failed(self, slot: Slot) -> None:
         """Counts a failure; opens the slot's breaker for a while when there were several."""
         open_s = slot.breaker.failed()
         if open_s is not None:
             logger.warning("replica %s failed repeatedly: nothing goes there for %.1f s", slot.replica_id, open_s)
-            self._refresh(slot)
+            self.refresh(slot)
             self._later(open_s, slot)
 
     def left(self, slot: Slot) -> None:
@@ -183,7 +167,18 @@ class Fleet:
         if slot.leaving and not slot.num_in_flight:
             self._remove_slot(slot)
         else:
-            self._refresh(slot)
+            self.refresh(slot)
+
+    def refresh(self, slot: Slot) -> None:
+        """Counts the slot's places anew, and tells whoever must know."""
+        slot.changed()
+        before, now = self._counted.get(slot), (slot.num_free, slot.ready)
+        if before is None or now == before:
+            return
+        self._counted[slot] = now
+        self._free[slot.model_id] = self._free.get(slot.model_id, 0) + now[0] - before[0]
+        if now[0] > before[0] or now[1] != before[1]:
+            self._listeners.tell(slot.model_id)
 
     # Inside.
 
@@ -197,7 +192,7 @@ class Fleet:
         if slot is not None:  # it had left, but its last requests are still running there
             slot.leaving = False
             self._index(slot)
-            self._refresh(slot)
+            self.refresh(slot)
             return
         slot = Slot(replica_id, member.model, self._config.admission.max_ahead_per_replica, self._around.clock)
         self._slots[replica_id] = slot
@@ -217,7 +212,7 @@ class Fleet:
         slot = self._slots[replica_id]
         slot.leaving = True
         self.index.drop(replica_id)
-        self._refresh(slot)
+        self.refresh(slot)
         if not slot.num_in_flight:
             self._remove_slot(slot)
 
@@ -274,7 +269,7 @@ class Fleet:
         self._index(slot)
         able = [s.link.facts for s in self._of(slot.model_id) if s.link is not None]
         self._facts[slot.model_id] = least_able(able)
-        self._refresh(slot)
+        self.refresh(slot)
 
     def _index(self, slot: Slot) -> None:
         """Begins, or begins anew, to mirror what a connected replica holds."""
@@ -292,7 +287,7 @@ class Fleet:
         able = [s.link.facts for s in self._of(slot.model_id) if s.link is not None]
         if able:
             self._facts[slot.model_id] = least_able(able)
-        self._refresh(slot)
+        self.refresh(slot)
 
     def _on_lost(self, slot: Slot, lost: asyncio.Event) -> None:
         if slot.link is not None:
@@ -304,32 +299,16 @@ class Fleet:
 
     def _on_stats(self, slot: Slot) -> None:
         slot.pushed()
-        self._refresh(slot)
-
-    def _refresh(self, slot: Slot) -> None:
-        """Counts the slot's places anew, and tells whoever must know."""
-        slot.changed()
-        before, now = self._counted.get(slot), (slot.num_free, slot.ready)
-        if before is None or now == before:
-            return
-        self._counted[slot] = now
-        self._free[slot.model_id] = self._free.get(slot.model_id, 0) + now[0] - before[0]
-        if now[0] > before[0] or now[1] != before[1]:
-            self._tell(slot.model_id)
-
-    def _tell(self, model_id: str) -> None:
-        for callback in self._subscribers:
-            callback(model_id)
-        for sleeper in self._sleepers:
-            if not sleeper.done():
-                sleeper.set_result(None)
+        self.refresh(slot)
+        slot.state()  # made now, so that no decision has to wait for it
+        self._listeners.tell_soon(slot.model_id)
 
     def _later(self, delay_s: float, slot: Slot) -> None:
         """Looks at the slot again when its breaker has closed."""
 
         def look() -> None:
             self._timers.discard(timer)
-            self._refresh(slot)
+            self.refresh(slot)
 
         timer = asyncio.get_running_loop().call_later(delay_s, look)
         self._timers.add(timer)

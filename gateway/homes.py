@@ -59,7 +59,10 @@ class AdapterHomes:
         line.demand.add(request.adapter or NO_ADAPTER, num_uncached + ANSWER_TOKENS, self._clock())
 
     def of(self, request: RouteRequest) -> tuple[str, ...]:
-        """The homes of the request's adapter, the best first; empty without an adapter or a replica."""
+        """The homes of the request's adapter, the best first; empty without an adapter or a replica.
+
+        One that was not placed yet goes where it likes best among those with a slot to spare.
+        """
         if request.adapter is None:
             return ()
         line = self._lines.get(request.model)
@@ -68,9 +71,12 @@ class AdapterHomes:
         homes = line.homes.get(request.adapter)
         if homes is not None:
             return homes
+        states = self._states(request.model)
         if not line.rendezvous.replica_ids:
-            line.rendezvous = Rendezvous(_able(self._states(request.model)))
-        return line.rendezvous.order(request.adapter)[:1]
+            line.rendezvous = Rendezvous(_able(states))
+        order = line.rendezvous.order(request.adapter)
+        roomy = {s.replica_id for s in states if len(s.adapters) + len(s.loading) < s.max_adapters}
+        return next(((replica_id,) for replica_id in order if replica_id in roomy), order[:1])
 
     def refresh(self) -> None:
         """Places every adapter anew by the demand so far."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 
+import msgspec
+
 from configs.schema import RoutingConfig
 from gateway.decisions import DecisionLog
 from gateway.fleet import Fleet
 from gateway.homes import AdapterHomes
+from gateway.placement import Reserved
 from gateway.sent import SentPrompts
 from gateway.slot import Surroundings
 from gateway.types import Job
@@ -36,6 +39,11 @@ class Router:
         self._count_placed = lru_cache(4096)(lambda replica_id: metrics.decisions.labels(config.policy, replica_id).inc)
         self._count_tokens = lru_cache(4096)(lambda model_id, kind: metrics.routed_tokens.labels(model_id, kind).inc)
 
+    @property
+    def weighs_seconds(self) -> bool:
+        """See `routing.policies.PolicySpec`."""
+        return self._spec.weighs_seconds
+
     def request(self, job: Job) -> RouteRequest:
         """The job as routing sees it: its prompt hashed."""
         model = job.model
@@ -58,7 +66,7 @@ class Router:
 
     def prefetch(self, request: RouteRequest) -> None:
         """The request has to wait: its adapter's home may load it meanwhile, unless some replica has it."""
-        if request.adapter is None or self._fleet.num_free(request.model) > 0:
+        if request.adapter is None:
             return
         states = {s.replica_id: s for s in self._fleet.states(request.model) if not s.draining and not s.breaker_open}
         if any(adapter_wait_s(request, s) == 0 or _is_loading(request, s) for s in states.values()):
@@ -70,12 +78,44 @@ class Router:
     def decide(self, request: RouteRequest, attempt: int = 1) -> Decision:
         """Weighs the replicas of the request's model as they are now, and keeps the decision."""
         began = self._around.clock()
-        snapshot = self._snapshot(request)
+        snapshot = self.snapshot(request)
         decision = self._spec.decide(request, snapshot)
         self._num_decisions += 1
         self.log.add(request, decision, attempt, snapshot.replicas)
         self._observe_s(self._around.clock() - began)
         return decision
+
+    @property
+    def now(self) -> float:
+        return self._around.clock()
+
+    def states(self, model_id: str) -> tuple[ReplicaState, ...]:
+        """The replicas of a model as they are believed to be."""
+        return self._fleet.states(model_id)
+
+    def prefill_tokens_per_s(self, model_id: str) -> float:
+        """How fast a replica of the model computes prompts; 0 while none knows."""
+        return self._fleet.prefill_tokens_per_s(model_id)
+
+    def weigh(self, request: RouteRequest, replicas: tuple[ReplicaState, ...]) -> Decision:
+        """Weighs these replicas, and keeps nothing: see `used`."""
+        began = self._around.clock()
+        decision = self._spec.decide(request, msgspec.structs.replace(self.snapshot(request), replicas=replicas))
+        self._num_decisions += 1
+        self._observe_s(self._around.clock() - began)
+        return decision
+
+    def used(self, request: RouteRequest, decision: Decision, attempt: int = 1) -> None:
+        """The request goes where a decision of `weigh` says: it is kept."""
+        self.log.add(request, decision, attempt, self._fleet.states(request.model))
+
+    def reserve(self, request: RouteRequest, decision: Decision) -> Reserved | None:
+        """Keeps the place for a request that is about to be sent; those after it may find its prompt warm there."""
+        winner = decision.winner
+        if winner is None:
+            return None
+        self._fleet.index.sent(winner.replica_id, request.block_hashes, self._around.clock())
+        return self._fleet.reserve(winner.replica_id, request.num_prompt_tokens - winner.matched_tokens)
 
     def placed(self, request: RouteRequest, decision: Decision) -> None:
         """The request went where the decision says: its prompt will be warm there."""
@@ -89,8 +129,8 @@ class Router:
         self._count_tokens(request.model, "prompt")(request.num_prompt_tokens)
         self._count_tokens(request.model, "matched")(winner.matched_tokens)
 
-    def _snapshot(self, request: RouteRequest) -> Snapshot:
-        """What the policy may know, from where it reads it."""
+    def snapshot(self, request: RouteRequest) -> Snapshot:
+        """What the policy may know now, from where it reads it."""
         states = self._fleet.states(request.model)
         matched: Mapping[str, int] = {}
         held: Mapping[str, int] = {}

@@ -14,12 +14,12 @@ from replicas.channel import LinkLostError
 from replicas.contract import EngineFacts, EngineStats, GenerateRequest, StepDelta
 from routing.registry import Member
 from routing.types import ReplicaState
-from routing.waiting import merged
+from routing.waiting import NOBODY, SHORTEST, Pending, merged, pending_of
 
 MIN_PUSHES = 2
 MIN_SENT_S = 0.01
-"""A request is in the pushed state after this many pushes and seconds: the first one may have crossed it on the wire,
-and several may have lain in the socket."""
+"""Where a replica does not say itself, a request is in its pushed state after this many pushes and seconds: the first
+one may have crossed it on the wire, and several may have lain in the socket."""
 
 MAX_FAILURES = 3
 BREAKER_S = 2.0
@@ -52,6 +52,21 @@ class Link(Protocol):
 
     @property
     def stats(self) -> EngineStats: ...
+
+    @property
+    def num_opened(self) -> int:
+        """Requests sent over it so far."""
+        ...
+
+    @property
+    def num_counted(self) -> int | None:
+        """How many of those are in `stats`; None where the replica does not say."""
+        ...
+
+    @property
+    def turn(self) -> int:
+        """How many other ingresses may use first what the replica wants."""
+        ...
 
     @property
     def alive(self) -> bool: ...
@@ -113,14 +128,18 @@ class Breaker:
 
 
 class Sent:
-    """A request on its way: counted beside the pushed state until that must contain it."""
+    """A request on its way: counted beside the pushed state until that must contain it.
 
-    __slots__ = ("at", "counts", "num_pushes", "num_uncached")
+    `number`: of the link's requests; None for one that is only about to be sent.
+    """
+
+    __slots__ = ("at", "counts", "num_pushes", "num_uncached", "number")
 
     def __init__(self, num_uncached: int, num_pushes: int, at: float) -> None:
         self.num_uncached = num_uncached
         self.num_pushes = num_pushes
         self.at = at
+        self.number: int | None = None
         self.counts = True
 
 
@@ -182,10 +201,7 @@ class Slot:
         """The link has new stats."""
         self._num_pushes += 1
         old_enough = self._clock() - MIN_SENT_S
-        while self._sent:
-            oldest = self._sent[0]
-            if oldest.counts and (oldest.num_pushes + MIN_PUSHES > self._num_pushes or oldest.at > old_enough):
-                break
+        while self._sent and (not self._sent[0].counts or self._is_in_stats(self._sent[0], old_enough)):
             self.arrived(self._sent.popleft())
         if self.link is not None:
             self._asked.heard(self.link.stats, self._num_pushes)
@@ -205,13 +221,19 @@ class Slot:
         source = self.link.open(request)
         if request.adapter is not None:
             self._asked.ask(request.adapter, self._num_pushes)
+        sent = self.expect(num_uncached)
+        sent.number = self.link.num_opened
+        self.num_in_flight += 1
+        return source, sent
+
+    def expect(self, num_uncached: int) -> Sent:
+        """Counts a request that is about to be sent, until `arrived`."""
         sent = Sent(num_uncached, self._num_pushes, self._clock())
         self._sent.append(sent)
         self._num_sent += 1
         self._num_sent_tokens += num_uncached
-        self.num_in_flight += 1
         self.changed()
-        return source, sent
+        return sent
 
     def arrived(self, sent: Sent) -> None:
         """The pushed state contains it by now, or it is over. Idempotent."""
@@ -221,11 +243,23 @@ class Slot:
             self._num_sent_tokens -= sent.num_uncached
             self.changed()
 
+    def _is_in_stats(self, sent: Sent, old_enough: float) -> bool:
+        """Whether the pushed state must contain it: the replica says so, or has had time to."""
+        if sent.number is not None and self.link is not None and self.link.num_counted is not None:
+            return sent.number <= self.link.num_counted
+        return sent.num_pushes + MIN_PUSHES <= self._num_pushes and sent.at <= old_enough
+
     def state(self) -> ReplicaState | None:
         """What routing may know of it; None without a link."""
         if self._state is None and self.link is not None:
             self._state = self._make_state(self.link.facts, self.link.stats)
         return self._state
+
+    def _pending(self, facts: EngineFacts, stats: EngineStats) -> Pending:
+        if facts.prefill_order != SHORTEST:
+            return NOBODY
+        sent = [sent.num_uncached for sent in self._sent if sent.counts] if self._num_sent else ()
+        return pending_of(merged(stats.waiting_sizes, sent))
 
     def _make_state(self, facts: EngineFacts, stats: EngineStats) -> ReplicaState:
         return ReplicaState(
@@ -253,5 +287,8 @@ class Slot:
             prefill_order=facts.prefill_order,
             max_num_batched_tokens=facts.max_num_batched_tokens,
             full=self.num_free == 0,
-            waiting_sizes=merged(stats.waiting_sizes, [sent.num_uncached for sent in self._sent if sent.counts]),
+            wanted_tokens=stats.wanted_tokens,
+            num_places=stats.num_places - self._num_sent,
+            turn=self.link.turn if self.link is not None else 0,
+            pending=self._pending(facts, stats),
         )

@@ -1,4 +1,4 @@
-"""Who asks, and how much they may: API key → Tenant, deny by default; quotas of this ingress in memory.
+"""Who asks, and how much they may: API key → Tenant, deny by default; quotas in memory.
 
 Keys are never compared: the SHA-256 of what the client sent is looked up, so time tells nothing about a key. Which
 tenant a request without a key gets is the rule of `configs.schema.TenantConfig`.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from configs.schema import TenantConfig
@@ -45,23 +45,47 @@ class _Bucket:
         return max(0.0, missing * 60.0 / self.per_minute)
 
 
+def _tell_nobody(kind: str, amount: float) -> None:
+    """The default of who hears what was taken."""
+
+
+def _nothing() -> int:
+    """The default of what is open elsewhere."""
+    return 0
+
+
 class Quota:
-    """What one tenant has left at this ingress: requests and tokens a minute, requests at once."""
+    """What one tenant has left: requests and tokens a minute, requests at once; at all ingresses, as far as the others
+    tell (`share`, `taken_elsewhere`)."""
 
     def __init__(self, tenant: Tenant, clock: Callable[[], float]) -> None:
         self.tenant = tenant
         self.num_open = 0
+        self._tell: Callable[[str, float], None] = _tell_nobody
+        self._num_elsewhere: Callable[[], int] = _nothing
         self._clock = clock
         now = clock()
         rpm, tpm = tenant.requests_per_minute, tenant.tokens_per_minute
         self._requests = None if rpm is None else _Bucket(rpm, float(rpm), now)
         self._tokens = None if tpm is None else _Bucket(tpm, float(tpm), now)
 
+    def share(self, tell: Callable[[str, float], None], num_elsewhere: Callable[[], int]) -> None:
+        """Tells what is taken here ("requests" or "tokens", how many), and asks how many are open elsewhere."""
+        self._tell = tell
+        self._num_elsewhere = num_elsewhere
+
+    def taken_elsewhere(self, kind: str, amount: float) -> None:
+        """Another ingress has taken so much. It can put the tenant into debt for a minute at most."""
+        bucket = self._requests if kind == "requests" else self._tokens
+        if bucket is not None and amount > 0:
+            bucket.refill(self._clock())
+            bucket.level = max(bucket.level - amount, min(bucket.level, -float(bucket.per_minute)))
+
     def enter(self) -> Lease:
         """Counts one request in; raises RateLimitError. The lease must be closed."""
         limit = self.tenant.max_concurrent
-        if limit is not None and self.num_open >= limit:
-            raise RateLimitError(f"You have {self.num_open} requests in progress; your limit is {limit} at once.",
+        if limit is not None and (num_open := self.num_open + self._num_elsewhere()) >= limit:
+            raise RateLimitError(f"You have {num_open} requests in progress; your limit is {limit} at once.",
                                  code="concurrency_limit_exceeded", retry_after_s=1.0)  # fmt: skip
         if self._requests is not None:
             self._take(self._requests, 1.0, "requests")
@@ -78,6 +102,7 @@ class Quota:
         if self._tokens is not None:
             self._tokens.refill(self._clock())
             self._tokens.level -= num_tokens
+            self._tell("tokens", num_tokens)
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """OpenAI's `x-ratelimit-*` for the limits this tenant has."""
@@ -102,6 +127,7 @@ class Quota:
                 retry_after_s=wait_s,
             )
         bucket.level -= needed
+        self._tell(unit, needed)
 
 
 class Lease:
@@ -150,6 +176,16 @@ class Tenants:
 
     def quota(self, tenant: Tenant) -> Quota:
         return self._quotas[tenant.tenant_id]
+
+    def quotas(self) -> Iterable[Quota]:
+        """Every tenant's."""
+        return self._quotas.values()
+
+    def taken_elsewhere(self, tenant_id: str, kind: str, amount: float) -> None:
+        """Another ingress has let a tenant have so many "requests" or "tokens". No-op for one not known here."""
+        quota = self._quotas.get(tenant_id)
+        if quota is not None:
+            quota.taken_elsewhere(kind, amount)
 
 
 def _bearer(authorization: bytes | None) -> bytes | None:

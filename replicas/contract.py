@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol, TypeAlias
+from typing import Annotated, Literal, Protocol, TypeAlias
 
 import msgspec
+from msgspec import Meta
 
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 """stop: EOS, stop string or stop token. length: max_tokens or context's end. abort: cancelled. error: see `fault`."""
@@ -68,8 +69,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     `request_id` is unique per replica connection together with `attempt`: a retry elsewhere is a new attempt, and
     frames of an older one are dropped. `prompt` and `produced` are packed ids; `produced` holds tokens an earlier
     attempt already delivered (primes penalties, min_tokens, stops; is never delivered again).
-    `fair_tag` is the tenant's virtual start time, `priority` a band (lower is sooner), `deadline_s` the seconds left
-    when sent. `salt` separates prefix caches; `adapter` is `name@version`.
+    `fair_tag` is the tenant's virtual start time, `fair_weight` its share, `priority` a band (lower is sooner),
+    `deadline_s` the seconds left when sent. `num_uncached`: prompt tokens that its sender believes no cache here holds.
+    `salt` separates prefix caches; `adapter` is `name@version`.
     """
 
     request_id: str
@@ -80,8 +82,10 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     adapter: str | None = None
     tenant: str = ""
     fair_tag: float = 0.0
+    fair_weight: Annotated[float, Meta(gt=0)] = 1.0
     priority: int = 0
     deadline_s: float | None = None
+    num_uncached: Annotated[int, Meta(ge=1)] | None = None
     salt: bytes = b""
 
     @property
@@ -182,6 +186,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     `loading`: those being loaded or queued for it, with the estimated seconds left. `adapter_queue_s`: seconds before a
     load asked for now could begin (loaders busy, slots all in use); `adapter_load_s`: learnt seconds such a load takes,
     for rank 8.
+    `wanted_tokens`: prompt tokens it wants pending before a newcomer, so as never to idle while an ingress hears of it
+    and answers, and no more; 0 = it does not say. `num_places`: requests it can take beyond those counted here, if it
+    says what it wants. `num_unseen`: of the waiting, those that came during the step under way.
     """
 
     num_running: int = 0
@@ -204,6 +211,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     adapter_load_s: float = 0.0
     adapter_queue_s: float = 0.0
     kv_seq: int = 0
+    wanted_tokens: int = 0
+    num_places: int = 0
+    num_unseen: int = 0
 
 
 class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -161,6 +161,7 @@ class ReplicaHost:
         return ServerOptions(
             heartbeat_s=channel.heartbeat_s,
             dead_after_s=channel.dead_after_s,
+            round_trip_s=channel.round_trip_s,
             prefetch=adapters.prefetch,
             journal=JsonLinesJournal(path, self._options.wall_clock),
         )

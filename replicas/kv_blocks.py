@@ -21,14 +21,15 @@ logger = logging.getLogger(__name__)
 
 
 class _Block:
-    """An engine block in the cache. About 270 bytes with its tokens and its place in the table.
+    """An engine block in the cache. About 280 bytes with its tokens and its place in the table.
 
     `last`: hash of the last routing block that ends in or before this one; `rest`: the tokens after its end.
     `hashes`: routing blocks that end in this one. The first of them may begin in blocks before, each of which has this
-    block among its `dependents`; `whole` while all of those are held. `held` until it is evicted itself.
+    block among its `dependents`; `whole` while all of those are held. `held` until it is evicted itself; `num_children`
+    of the blocks that follow it are.
     """
 
-    __slots__ = ("dependents", "hashes", "held", "last", "parent", "rest", "whole")
+    __slots__ = ("dependents", "hashes", "held", "last", "num_children", "parent", "rest", "whole")
 
     def __init__(self, parent: _Block | None, last: int, rest: bytes) -> None:
         self.parent = parent
@@ -37,6 +38,7 @@ class _Block:
         self.hashes: tuple[int, ...] = ()
         self.whole = True
         self.held = True
+        self.num_children = 0
         self.dependents: _Dependents = None
 
 
@@ -58,14 +60,15 @@ class RouteBlocks:
     """Follows an engine's KV events. `held`: routing block hashes → engine blocks that end one, oldest first.
 
     `changed`: hash → whether it is held now, for what may have changed since `take_changes`. `cleared`: more has
-    changed than that says. `kv_seq`: number of the next event. Events that are missing empty it: an engine that lost
-    some must clear and store anew.
+    changed than that says. `gaps`: since it was last empty, a block has gone before one that follows it. `kv_seq`: the
+    number of the next event. Events that are missing empty it: an engine that lost some must clear and store anew.
     """
 
     def __init__(self, options: BlocksOptions) -> None:
         self.held: dict[int, int] = {}
         self.changed: dict[int, bool] = {}
         self.cleared = False
+        self.gaps = False
         self.kv_seq = 0
         self.num_ignored = 0
         self._options = options
@@ -87,8 +90,8 @@ class RouteBlocks:
             if isinstance(event, BlocksStored):
                 self._store(event)
             elif isinstance(event, BlocksEvicted):
-                for block_id in event.block_ids:
-                    self._evict(block_id)
+                gone = [self._evict(block_id) for block_id in event.block_ids]
+                self.gaps = self.gaps or any(block is not None and block.num_children for block in gone)
             else:
                 assert isinstance(event, CacheCleared)
                 self._clear()
@@ -127,14 +130,16 @@ class RouteBlocks:
             if len(self._blocks) >= self._options.max_blocks:
                 self.num_ignored += len(event.block_ids) - i
                 return
-            if block_id in self._blocks:
-                self._evict(block_id)
+            again = self._evict(block_id)
+            self.gaps = self.gaps or (again is not None and again.num_children > 0)
             tokens = rest + event.token_ids[i * size : (i + 1) * size]
             parent = self._blocks[block_id] = self._add(parent, last, tokens, num_before=len(rest))
             last, rest = parent.last, parent.rest
 
     def _add(self, parent: _Block | None, last: int, tokens: bytes, num_before: int) -> _Block:
         """A block whose `tokens` begin with `num_before` bytes of its ancestors."""
+        if parent is not None:
+            parent.num_children += 1
         num_bytes = len(tokens) // self._stride * self._stride
         if not num_bytes:
             return _Block(parent, last, tokens)
@@ -153,10 +158,10 @@ class RouteBlocks:
             self._hold(hashed)
         return block
 
-    def _evict(self, block_id: int) -> None:
+    def _evict(self, block_id: int) -> _Block | None:
         block = self._blocks.pop(block_id, None)
         if block is None:
-            return
+            return None
         for dependent in _each(block.dependents):
             if dependent.whole:
                 dependent.whole = False
@@ -166,13 +171,17 @@ class RouteBlocks:
             self._release(hashed)
         _unlink(block, block.parent)
         block.held = False
+        if block.parent is not None:
+            block.parent.num_children -= 1
         block.parent, block.dependents = None, None  # whoever still points here must not keep ancestors in memory
+        return block
 
     def _clear(self) -> None:
         self._blocks.clear()
         self.held.clear()
         self.changed.clear()
         self._roots.clear()
+        self.gaps = False
         self.cleared = True
 
     def _hold(self, hashed: int) -> None:

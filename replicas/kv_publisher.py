@@ -194,7 +194,7 @@ class KvPublisher:
         stored = pack_hashes(block for block, is_held in changed.items() if is_held)
         evicted = pack_hashes(block for block, is_held in changed.items() if not is_held)
         number = self._number + 1
-        raw = encode_batch(KvBatch(stored, evicted, blocks.kv_seq, False, 0), self._place.epoch, number)
+        raw = encode_batch(KvBatch(stored, evicted, blocks.kv_seq, False, 0, blocks.gaps), self._place.epoch, number)
         return _Entry(number, raw, blocks.kv_seq, len(changed))
 
     def _append(self, entry: _Entry) -> Command:
@@ -268,7 +268,8 @@ class KvPublisher:
     def _set_snapshot(self, number: int) -> Command:
         blocks, place = self.blocks, self._place
         hashes = pack_hashes(blocks.held)
-        raw = encode_snapshot(KvSnapshot(place.epoch, number, blocks.kv_seq, place.block_tokens, hashes, 0))
+        snapshot = KvSnapshot(place.epoch, number, blocks.kv_seq, place.block_tokens, hashes, 0, blocks.gaps)
+        raw = encode_snapshot(snapshot)
         return ("SET", self._keys.snapshot, raw, "PX", round(self._options.ttl_s * 1000))
 
     async def _reset(self) -> None:

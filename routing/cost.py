@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from routing.placement import adapter_wait_s, stray_s
+import msgspec
+
+from routing.placement import wait_and_stray_s
 from routing.types import ReplicaState, RouteRequest
-from routing.waiting import ahead_and_behind
+from routing.waiting import SHORTEST
 
 PRIOR_PREFILL_TOKENS_PER_S = 2000.0
 """Assumed while no candidate has computed a prompt yet."""
@@ -37,36 +39,33 @@ class Harm:
     waiting: float = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """Seconds and rates to weigh with: one value for all replicas where any lacks its own, else None (each its own)."""
+class Weights(msgspec.Struct, frozen=True):
+    """What is the same for all candidates of one decision.
 
-    prefill_tokens_per_s: float | None
-    step_time_s: float | None
+    `prefill_tokens_per_s`, `step_time_s`: one value for all replicas where any lacks its own, else 0 (each its own).
+    `to_come`, `waiting`: see `Harm`. `homes`: see `Snapshot.homes`.
+    """
 
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """What is the same for all candidates of one decision. `homes`: see `Snapshot.homes`."""
-
-    rates: Rates
-    harm: Harm
+    prefill_tokens_per_s: float
+    step_time_s: float
+    to_come: float
+    waiting: float
     homes: tuple[str, ...] = ()
 
 
-def comparable_rates(replicas: Sequence[ReplicaState]) -> Rates:
-    """Which signals every replica has; a missing one is replaced, for all, by the median of those known."""
-    prefill = [r.prefill_tokens_per_s for r in replicas if r.prefill_tokens_per_s > 0]
-    step = [r.step_time_s for r in replicas if r.step_time_s > 0]
-    return Rates(
-        prefill_tokens_per_s=_shared(prefill, len(replicas), PRIOR_PREFILL_TOKENS_PER_S),
-        step_time_s=_shared(step, len(replicas), PRIOR_STEP_TIME_S),
+def comparable_rates(replicas: Sequence[ReplicaState]) -> tuple[float, float]:
+    """Prefill tokens/s and step seconds to weigh all with: where every replica has its own, 0; where one lacks it, the
+    median of those known."""
+    prefill = [r.prefill_tokens_per_s for r in replicas]
+    step = [r.step_time_s for r in replicas]
+    return (
+        0.0 if min(prefill) > 0 else _shared(prefill, PRIOR_PREFILL_TOKENS_PER_S),
+        0.0 if min(step) > 0 else _shared(step, PRIOR_STEP_TIME_S),
     )
 
 
-def _shared(known: Sequence[float], num_replicas: int, prior: float) -> float | None:
-    if len(known) == num_replicas:
-        return None
+def _shared(rates: Sequence[float], prior: float) -> float:
+    known = [rate for rate in rates if rate > 0]
     return median(known) if known else prior
 
 
@@ -75,8 +74,8 @@ def matched_tokens(request: RouteRequest, num_blocks: int) -> int:
     return min(num_blocks * request.block_tokens, request.num_prompt_tokens - 1)
 
 
-def terms(request: RouteRequest, replica: ReplicaState, matched: int, weights: Weights) -> dict[str, float]:
-    """Expected seconds, by term, of running `request` there when `matched` of its prompt tokens are cached.
+def terms(request: RouteRequest, replica: ReplicaState, matched: int, weights: Weights) -> tuple[float, ...]:
+    """Expected seconds, by `routing.types.TERMS`, of running `request` there when `matched` of its tokens are cached.
 
     What it waits itself: queue: pending prompt tokens that go before it in the replica's own order. prefill: its own
     uncached tokens. decode: the running requests' share of each step until it is through. places: for one of
@@ -84,27 +83,27 @@ def terms(request: RouteRequest, replica: ReplicaState, matched: int, weights: W
     What others wait: harm: for its prefill. crowding: slower steps for those who decode there. stray: for adapters that
     must make room, when it does not go where its adapter lives.
     """
-    rates, harm = weights.rates, weights.harm
-    rate = rates.prefill_tokens_per_s or replica.prefill_tokens_per_s
+    rate = weights.prefill_tokens_per_s or replica.prefill_tokens_per_s
     own = request.num_prompt_tokens - matched
-    if replica.prefill_order == "shortest":
-        ahead, behind = ahead_and_behind(replica.waiting_sizes, own, "shortest")
+    if replica.prefill_order == SHORTEST:
+        ahead, behind = replica.pending.ahead_and_behind(own)
     else:
         ahead, behind = replica.num_waiting_tokens + replica.num_sent_tokens, 0.0
     own_s = own / rate
-    found = {"queue": ahead / rate, "prefill": own_s, "harm": (harm.to_come + harm.waiting * behind) * own_s}
+    decode = crowding = places = memory = 0.0
     num_busy = replica.num_running + replica.num_waiting + replica.num_sent
     if num_busy:
-        step_s = rates.step_time_s or replica.step_time_s
-        found["decode"] = step_s * (1 + (ahead + own) // replica.max_num_batched_tokens)
-        found["crowding"] = step_s * num_busy / replica.max_num_seqs
-        if num_busy >= replica.max_num_seqs:
-            num_before = num_busy + 1 - replica.max_num_seqs
-            found["places"] = num_before * MEAN_OUTPUT_TOKENS * step_s / replica.max_num_seqs
+        step_s = weights.step_time_s or replica.step_time_s
+        max_num_seqs = replica.max_num_seqs
+        decode = step_s * (1 + (ahead + own) // replica.max_num_batched_tokens)
+        crowding = step_s * num_busy / max_num_seqs
+        if num_busy >= max_num_seqs:
+            places = (num_busy + 1 - max_num_seqs) * MEAN_OUTPUT_TOKENS * step_s / max_num_seqs
         short_tokens = ahead + own - replica.num_free_blocks * replica.block_size
         if short_tokens > 0 and replica.num_blocks:
-            found["memory"] = short_tokens / rate
-    if request.adapter is not None:
-        found["adapter"] = adapter_wait_s(request, replica)
-        found["stray"] = stray_s(request, replica, weights.homes)
-    return found
+            memory = short_tokens / rate
+    harm = (weights.to_come + weights.waiting * behind) * own_s
+    if request.adapter is None:
+        return (ahead / rate, own_s, harm, decode, crowding, places, memory)
+    adapter, stray = wait_and_stray_s(request, replica, weights.homes)
+    return (ahead / rate, own_s, harm, decode, crowding, places, memory, adapter, stray)

@@ -1,24 +1,26 @@
 """Who holds which prefix block: what replicas say they hold, what was just sent to them, or a mirror of it.
 
-    holders      block hash → bit mask of the replicas (by slot) that hold it or are about to
-    per replica  held      its hashes, least recently used first
-                 expected  hashes of prompts just sent to it → when to stop believing in them
-
-One walk along a prompt's hashes then answers for every replica at once: the mask of those that have all blocks so far
-only ever loses bits.
+    holders      block hash → bit mask of the replicas (by slot) that hold it (`routing.holders`)
+    expected     the same for prompts on their way (`routing.expected`): small, and gone after `EXPECT_S`
+    per replica  held: its hashes, least recently used first
 
 A replica begins mirrored: `held` is what was sent to it, bounded like a cache with LRU eviction. `load` makes it exact:
 from then on `insert` and `evict` come from its own KV events, and what is sent to it is only expected. `doubt` turns it
 back into a mirror that starts from what it last said. `routing.kv_registry` decides when.
+
+A mirror knows of itself that it has no gaps, that is, that it holds all blocks before one that it holds; a publisher
+vouches for it. Then a prompt is matched in few look-ups (`routing.holders`).
 """
 
 from __future__ import annotations
 
-import heapq
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import islice
+
+from routing.expected import Expectations
+from routing.holders import Holders
 
 PURGE_STEP = 512
 """Entries of departed replicas that one insertion cleans up: a death costs no pause."""
@@ -27,24 +29,20 @@ EXPECT_S = 2.0
 """How long a prompt that was sent counts as held without a word from the replica: a burst with one new prefix stays
 together while the first of it is computed."""
 
-NUM_SHARDS = 16
-"""A dictionary is rebuilt in one go as it grows and churns: 0.7 s with 4 million entries. Sixteen small ones pause for
-a sixteenth of that, at 80 ns a look-up; more of them would cost more cache misses than they save."""
-
 HASH_BYTES = 48
 """What CPython allocates for an int of 64 bits."""
 
 
 @dataclass(slots=True, eq=False)
 class _Replica:
-    """One replica's blocks. `bit` = 1 << slot."""
+    """One replica's blocks. `bit` = 1 << slot. `cut`: the index has forgotten some of what an exact one said."""
 
     replica_id: str
     bit: int
     capacity_blocks: int
     exact: bool = False
+    cut: bool = False
     held: dict[int, None] = field(default_factory=dict)
-    expected: dict[int, float] = field(default_factory=dict)
 
 
 class PrefixIndex:
@@ -59,15 +57,17 @@ class PrefixIndex:
 
     def __init__(self, max_blocks: int) -> None:
         self._max_blocks = max_blocks
-        self._shards: list[dict[int, int]] = [{} for _ in range(NUM_SHARDS)]
+        self._holders = Holders()
+        self._expected = Expectations()
         self._replicas: dict[str, _Replica] = {}
         self._by_bit: dict[int, str] = {}
         self._live = 0
+        self._gapless = 0  # of the live ones, those without gaps
         self._departed: list[_Replica] = []
         self._free_bits: list[int] = []
         self._num_slots = 0
-        self._expiries: list[tuple[float, int, _Replica, Sequence[int]]] = []
-        self._numbers = count()
+        self._version = 0  # grows with every change
+        self._asked: tuple[Sequence[int], int, dict[str, int]] = ((), -1, {})  # the last question, when, its answer
         self.guessed: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
@@ -81,8 +81,8 @@ class PrefixIndex:
     def num_bytes(self) -> int:
         """Memory of everything held, in the allocator's own sizes."""
         replicas = (*self._replicas.values(), *self._departed)
-        tables = sum(map(sys.getsizeof, self._shards))
-        tables += sum(sys.getsizeof(replica.held) + sys.getsizeof(replica.expected) for replica in replicas)
+        tables = self._holders.num_bytes + self._expected.num_bytes
+        tables += sum(sys.getsizeof(replica.held) for replica in replicas)
         return tables + HASH_BYTES * len(self)
 
     def num_held(self, replica_id: str) -> int:
@@ -94,6 +94,11 @@ class PrefixIndex:
         """Whether this is the replica's own word, rather than a guess from what was sent to it."""
         replica = self._replicas.get(replica_id)
         return replica is not None and replica.exact
+
+    def may_have_gaps(self, replica_id: str) -> bool:
+        """Whether a replica's blocks have to be looked up one by one; so with an unknown one."""
+        replica = self._replicas.get(replica_id)
+        return replica is None or not self._gapless & replica.bit
 
     # Replicas.
 
@@ -109,6 +114,7 @@ class PrefixIndex:
         self._replicas[replica_id] = _Replica(replica_id, bit, max(1, capacity_blocks))
         self._by_bit[bit] = replica_id
         self._live |= bit
+        self._gapless |= bit
         self._recount()
         for replica in self._replicas.values():
             self._trim(replica)
@@ -118,15 +124,14 @@ class PrefixIndex:
         replica = self._replicas.pop(replica_id, None)
         if replica is not None:
             self._live &= ~replica.bit
-            for block in replica.expected:
-                if block not in replica.held:
-                    self._unset(replica, block)
-            replica.expected.clear()
+            self._gapless &= ~replica.bit
+            self._expected.drop(replica.bit)
             self._departed.append(replica)
             self._recount()
 
     def load(self, replica_id: str, hashes: Sequence[int]) -> None:
-        """This is exactly what a replica holds now, least recently used first; it is exact from here on.
+        """This is exactly what a replica holds now, least recently used first; it is exact from here on, and may have
+        gaps unless `vouch` follows.
 
         No-op for an unknown replica.
         """
@@ -134,16 +139,28 @@ class PrefixIndex:
         if replica is None:
             return
         held, replica.held = replica.held, dict.fromkeys(hashes)
-        for block in held.keys() - replica.held.keys():
-            if block not in replica.expected:
-                self._unset(replica, block)
-        for block in replica.held.keys() - held.keys():
-            self._set(replica, block)
-        if replica.expected:
-            replica.expected = {block: at for block, at in replica.expected.items() if block not in replica.held}
-        replica.exact = True
+        self._holders.remove(replica.bit, held.keys() - replica.held.keys())
+        self._holders.add(replica.bit, replica.held.keys() - held.keys())
+        self._expected.confirm(replica.bit, [b for b in self._expected.of(replica.bit) if b in replica.held])
+        replica.exact, replica.cut = True, False
+        self._gapless &= ~replica.bit
         self._recount()
         self._trim(replica)
+
+    def vouch(self, replica_id: str) -> None:
+        """An exact replica has no gaps, and will have none: it evicts no block before those that follow it in a prompt.
+        No-op for any other."""
+        replica = self._replicas.get(replica_id)
+        if replica is not None and replica.exact and not replica.cut:
+            self._gapless |= replica.bit
+            self._version += 1
+
+    def allow_gaps(self, replica_id: str) -> None:
+        """Takes back what `vouch` said. No-op for an unknown replica."""
+        replica = self._replicas.get(replica_id)
+        if replica is not None:
+            self._gapless &= ~replica.bit
+            self._version += 1
 
     def doubt(self, replica_id: str) -> None:
         """A replica's word is out of date: from here on it is mirrored, beginning with what it last said and what was
@@ -152,128 +169,164 @@ class PrefixIndex:
         if replica is None or not replica.exact:
             return
         replica.exact = False
+        self._gapless &= ~replica.bit
+        expected = list(self._expected.of(replica.bit))
+        self._expected.drop(replica.bit)
+        self._hold(replica, expected)
         self._recount()
-        expected, replica.expected = replica.expected, {}
-        for block in expected:
-            replica.held.pop(block, None)
-            replica.held[block] = None
         self._trim(replica)
 
     # Blocks.
 
     def insert(self, replica_id: str, hashes: Sequence[int]) -> None:
-        """A replica now holds these blocks of one prompt (in prompt order); they become its most recently used.
+        """A replica now holds these blocks (in prompt order), which need not be a prompt's first; they become its most
+        recently used.
 
         The last block counts as the oldest of them, so that eviction takes a prefix from its tail. No-op for an
         unknown replica.
         """
-        self._purge()
         replica = self._replicas.get(replica_id)
-        if replica is None:
-            return
-        held, shards, bit, last = replica.held, self._shards, replica.bit, NUM_SHARDS - 1
-        for block in reversed(hashes):
-            if block in held:
-                del held[block]
-            else:
-                shard = shards[block & last]
-                others = shard.get(block)
-                shard[block] = bit if others is None else others | bit  # the one bit is shared: 32 bytes saved
-            held[block] = None
-        if replica.expected:
-            for block in hashes:
-                replica.expected.pop(block, None)
-        self._trim(replica)
+        if replica is not None and not replica.exact:
+            self._gapless &= ~replica.bit
+        self._insert(replica, hashes)
 
     def evict(self, replica_id: str, hashes: Iterable[int]) -> None:
         """A replica no longer holds these blocks. Unknown ones are ignored."""
         replica = self._replicas.get(replica_id)
         if replica is not None:
-            for block in hashes:
-                if block in replica.held:
-                    self._remove(replica, block)
+            if not replica.exact:
+                self._gapless &= ~replica.bit
+            self._release(replica, hashes)
+            self._version += 1
 
     def clear(self, replica_id: str) -> None:
         """A replica emptied its cache; nothing is expected of it either."""
         replica = self._replicas.get(replica_id)
         if replica is not None:
+            had_gaps = not self._gapless & replica.bit
             self.add(replica_id, replica.capacity_blocks)
             if replica.exact:
                 self.load(replica_id, ())
+                if not had_gaps:
+                    self.vouch(replica_id)
 
     def expect(self, replica_id: str, hashes: Sequence[int], until: float) -> None:
         """A prompt of these blocks is on its way to a replica: they match until they are inserted, or until `expire`
         hears a later time than `until`. No-op for an unknown replica."""
         replica = self._replicas.get(replica_id)
-        if replica is None:
+        if replica is None or not hashes:
             return
-        held, expected = replica.held, replica.expected
-        room = self._bound(replica) - len(expected)
-        fresh = [block for block in hashes if block not in held]
-        if not fresh or len(fresh) > room:
-            return
-        for block in fresh:
-            if block not in expected:
-                self._set(replica, block)
-            expected[block] = until
-        heapq.heappush(self._expiries, (until, next(self._numbers), replica, fresh))
+        bit, fresh = replica.bit, hashes
+        if self._gapless & bit:
+            fresh = hashes[self._holders.ends(hashes, bit)[0][0] :]
+        else:
+            held = replica.held
+            fresh = [block for block in hashes if block not in held]
+        if fresh and len(fresh) <= self._bound(replica) - self._expected.num(bit):
+            self._expected.add(bit, fresh, until)
+            self._version += 1
 
     def expire(self, now: float) -> None:
         """Stops believing in what was expected until `now` or earlier and has not come."""
-        while self._expiries and self._expiries[0][0] <= now:
-            _, _, replica, hashes = heapq.heappop(self._expiries)
-            expected = replica.expected
-            for block in hashes:
-                if expected.get(block, now + 1.0) <= now:
-                    del expected[block]
-                    if block not in replica.held:
-                        self._unset(replica, block)
+        if self._expected.expire(now):
+            self._version += 1
 
     def sent(self, replica_id: str, hashes: Sequence[int], now: float) -> None:
-        """A prompt of these blocks was sent to a replica: expected of an exact one, taken for held in a mirror."""
+        """A whole prompt of these blocks was sent to a replica: expected of an exact one, taken for held in a
+        mirror."""
         self.expire(now)
-        if self.is_exact(replica_id):
+        replica = self._replicas.get(replica_id)
+        if replica is not None and replica.exact:
             self.expect(replica_id, hashes, now + EXPECT_S)
         else:
-            self.insert(replica_id, hashes)
+            self._insert(replica, hashes)
 
     def match(self, hashes: Sequence[int]) -> dict[str, int]:
         """Leading blocks of the prompt that each replica holds or is about to, by replica id; a replica without any is
-        absent."""
-        shards, last = self._shards, NUM_SHARDS - 1
-        mask = self._live
-        matched: dict[str, int] = {}
-        for num_before, block in enumerate(hashes):
-            still = mask & shards[block & last].get(block, 0)
-            if still != mask:
-                if num_before:
-                    self._spread(matched, mask ^ still, num_before)
-                mask = still
-                if not mask:
-                    break
-        else:
-            if hashes:
-                self._spread(matched, mask, len(hashes))
+        absent. The answer is shared with whoever asks the same before anything changes: read it only."""
+        asked, version, answer = self._asked
+        if asked is hashes and version == self._version and type(hashes) is tuple:
+            return answer
+        matched = self._by_replica(self._ends(hashes)) if hashes and self._live else {}
+        self._asked = (hashes, self._version, matched)
         return matched
 
     def check(self) -> None:
         """Asserts that all directions agree and every bound holds; for tests."""
         rebuilt: dict[int, int] = {}
         for replica in (*self._replicas.values(), *self._departed):
-            for block in replica.held.keys() | replica.expected.keys():
+            for block in replica.held:
                 rebuilt[block] = rebuilt.get(block, 0) | replica.bit
-        assert rebuilt == {block: mask for shard in self._shards for block, mask in shard.items()}
-        assert all(block % NUM_SHARDS == i for i, shard in enumerate(self._shards) for block in shard)
+        self._holders.check(rebuilt)
+        assert self._gapless & ~self._live == 0
         for replica in self._replicas.values():
             assert len(replica.held) <= self._bound(replica), f"{replica.replica_id} beyond its bound"
-            assert len(replica.expected) <= self._bound(replica), f"{replica.replica_id} expects beyond its bound"
-            waiting = {block for _, _, of, hashes in self._expiries if of is replica for block in hashes}
-            assert replica.expected.keys() <= waiting, "an expectation would never expire"
+            assert self._expected.num(replica.bit) <= self._bound(replica), f"{replica.replica_id} expects too much"
+            assert not any(block in replica.held for block in self._expected.of(replica.bit)), "certain, yet expected"
+        self._expected.check()
 
     # Inside.
 
+    def _ends(self, hashes: Sequence[int]) -> list[tuple[int, int]]:
+        """(number of leading blocks, replicas that hold so many or are about to); every live replica is in one mask."""
+        ends = self._holders.ends(hashes, self._gapless) if self._gapless else []
+        if self._expected.masks:
+            ends = [further for num, mask in ends for further in self._expected.walk(hashes, num, mask)]
+        ends += self._holders.walk(hashes, self._live ^ self._gapless, self._expected.masks)
+        return ends
+
+    def _by_replica(self, ends: list[tuple[int, int]]) -> dict[str, int]:
+        """The same by replica id, those with none left out. What most of them hold, a system prompt, is filled in for
+        all and then corrected."""
+        usual, most = max(ends, key=_num_replicas)
+        matched = dict.fromkeys(self._replicas, usual) if usual else {}
+        by_bit = self._by_bit
+        for num, mask in ends:
+            if mask == most or not (num or usual):
+                continue
+            while mask:
+                lowest = mask & -mask
+                if num:
+                    matched[by_bit[lowest]] = num
+                else:
+                    del matched[by_bit[lowest]]
+                mask ^= lowest
+        return matched
+
+    def _insert(self, replica: _Replica | None, hashes: Sequence[int]) -> None:
+        self._purge()
+        if replica is None:
+            return
+        self._hold(replica, reversed(hashes))
+        self._expected.confirm(replica.bit, hashes)
+        self._trim(replica)
+        self._version += 1
+
+    def _hold(self, replica: _Replica, hashes: Iterable[int]) -> None:
+        """Makes these its most recently used blocks."""
+        held = replica.held
+        fresh = []
+        for block in hashes:
+            if block in held:
+                del held[block]
+            else:
+                fresh.append(block)
+            held[block] = None
+        self._holders.add(replica.bit, fresh)
+
+    def _release(self, replica: _Replica, hashes: Iterable[int]) -> None:
+        """It no longer holds those of these that it held."""
+        held = replica.held
+        gone = []
+        for block in hashes:
+            if block in held:
+                del held[block]
+                gone.append(block)
+        self._holders.remove(replica.bit, gone)
+
     def _recount(self) -> None:
         self.guessed = frozenset(replica.replica_id for replica in self._replicas.values() if not replica.exact)
+        self._version += 1
 
     def _bound(self, replica: _Replica) -> int:
         share = max(1, self._max_blocks // max(1, len(self._replicas)))
@@ -282,42 +335,20 @@ class PrefixIndex:
     def _trim(self, replica: _Replica) -> None:
         surplus = len(replica.held) - self._bound(replica)
         if surplus > 0:
-            for block in list(islice(replica.held, surplus)):
-                self._remove(replica, block)
-
-    def _remove(self, replica: _Replica, block: int) -> None:
-        del replica.held[block]
-        if block not in replica.expected:
-            self._unset(replica, block)
-
-    def _set(self, replica: _Replica, block: int) -> None:
-        shard = self._shards[block & (NUM_SHARDS - 1)]
-        others = shard.get(block)
-        shard[block] = replica.bit if others is None else others | replica.bit
-
-    def _unset(self, replica: _Replica, block: int) -> None:
-        shard = self._shards[block & (NUM_SHARDS - 1)]
-        rest = shard[block] & ~replica.bit
-        if rest:
-            shard[block] = rest
-        else:
-            del shard[block]
-
-    def _spread(self, matched: dict[str, int], bits: int, num_blocks: int) -> None:
-        """Gives every replica in `bits` its number of blocks."""
-        by_bit = self._by_bit
-        while bits:
-            lowest = bits & -bits
-            matched[by_bit[lowest]] = num_blocks
-            bits ^= lowest
+            self._release(replica, list(islice(replica.held, surplus)))
+            if replica.exact:  # its order is that of its events, not of use: what is forgotten need not be a tail
+                replica.cut = True
+                self._gapless &= ~replica.bit
 
     def _purge(self) -> None:
         """Cleans up a bounded part of what departed replicas left; a slot is reused only when nothing is left of it."""
-        if not self._departed:
-            return
-        replica = self._departed[-1]
-        for block in list(islice(replica.held, PURGE_STEP)):
-            self._remove(replica, block)
-        if not replica.held:
-            self._departed.pop()
-            self._free_bits.append(replica.bit)
+        if self._departed:
+            replica = self._departed[-1]
+            self._release(replica, list(islice(replica.held, PURGE_STEP)))
+            if not replica.held:
+                self._departed.pop()
+                self._free_bits.append(replica.bit)
+
+
+def _num_replicas(end: tuple[int, int]) -> int:
+    return end[1].bit_count()

@@ -26,7 +26,8 @@ class KvBatch(msgspec.Struct, frozen=True, array_like=True):
     """Changes since the entry before: first `evicted` goes, then `stored` comes. Both are packed block hashes.
 
     `kv_seq`: the engine's events before this number are contained. `resync`: this entry says nothing, the snapshot of
-    the same number says it all. `check` is a digest of the content, seeded with its place in the stream.
+    the same number says it all. `check` is a digest of the content, seeded with its place in the stream. `gaps`: some
+    block may be held without one that comes before it.
     """
 
     stored: bytes
@@ -34,10 +35,11 @@ class KvBatch(msgspec.Struct, frozen=True, array_like=True):
     kv_seq: int
     resync: bool
     check: int
+    gaps: bool = False
 
 
 class KvSnapshot(msgspec.Struct, frozen=True, array_like=True):
-    """All a replica holds after entry `number`; `kv_seq` and `check` as in KvBatch."""
+    """All a replica holds after entry `number`; the rest as in KvBatch."""
 
     epoch: int
     number: int
@@ -45,6 +47,7 @@ class KvSnapshot(msgspec.Struct, frozen=True, array_like=True):
     block_tokens: int
     hashes: bytes
     check: int
+    gaps: bool = False
 
 
 class KvKeys:
@@ -111,10 +114,11 @@ _snapshots = msgspec.msgpack.Decoder(KvSnapshot)
 
 
 def _batch_check(batch: KvBatch, epoch: int, number: int) -> int:
-    place = xxh3_64_intdigest(b"%d-%d-%d-%d" % (epoch, number, batch.kv_seq, batch.resync))
+    place = xxh3_64_intdigest(b"%d-%d-%d-%d-%d" % (epoch, number, batch.kv_seq, batch.resync, batch.gaps))
     return xxh3_64_intdigest(batch.evicted, xxh3_64_intdigest(batch.stored, place))
 
 
 def _snapshot_check(snapshot: KvSnapshot) -> int:
-    place = b"%d-%d-%d-%d" % (snapshot.epoch, snapshot.number, snapshot.kv_seq, snapshot.block_tokens)
+    counts = (snapshot.epoch, snapshot.number, snapshot.kv_seq, snapshot.block_tokens, snapshot.gaps)
+    place = b"%d-%d-%d-%d-%d" % counts
     return xxh3_64_intdigest(snapshot.hashes, xxh3_64_intdigest(place))

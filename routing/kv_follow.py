@@ -63,6 +63,7 @@ class Follower:
         self.following = False
         self.number = 0
         self.kv_seq = 0
+        self.gaps = False  # what was read may have some
         self.retry_at = float("-inf")
         self._retry_s = FIRST_RETRY_S
         self._marks: deque[tuple[float, int]] = deque()  # (when, kv_seq announced), oldest first, not yet read
@@ -98,6 +99,8 @@ class Follower:
                 index.evict(self.replica_id, unpack_hashes(batch.evicted))
             if batch.stored:
                 index.insert(self.replica_id, unpack_hashes(batch.stored))
+            if batch.gaps:
+                index.allow_gaps(self.replica_id)
         return len(entries)
 
     def restore(self, snapshot: KvSnapshot, entries: Entries) -> list[int]:
@@ -109,7 +112,7 @@ class Follower:
             raise LostError("epoch", f"the snapshot is of {snapshot.epoch}, the replica of {self.epoch}")
         if snapshot.block_tokens != self.block_tokens:
             raise LostError("garbage", f"routing blocks of {snapshot.block_tokens} tokens, here {self.block_tokens}")
-        self.number, self.kv_seq = snapshot.number, snapshot.kv_seq
+        self.number, self.kv_seq, self.gaps = snapshot.number, snapshot.kv_seq, snapshot.gaps
         held = dict.fromkeys(unpack_hashes(snapshot.hashes))
         for where, fields in entries:
             batch = self._next(where, fields)
@@ -148,4 +151,5 @@ class Follower:
             raise LostError("resync")
         self.number = number
         self.kv_seq = max(self.kv_seq, batch.kv_seq)
+        self.gaps = self.gaps or batch.gaps
         return batch

@@ -232,6 +232,8 @@ class KvRegistry:
         if self._followers.get(follower.replica_id) is not follower or follower.replica_id not in self._index:
             return  # it has left
         self._index.load(follower.replica_id, blocks)
+        if not follower.gaps:
+            self._index.vouch(follower.replica_id)
         follower.found()
         self.num_heals += 1
 

@@ -1,7 +1,6 @@
 """What this router sent where: all that a rule without events knows of the replicas' caches.
 
     sent      block hash → bit mask of the replicas (by slot) it was sent to
-    first     block hash → the one of them that it was sent to first
     a replica its blocks in order of last use, oldest first; beyond its bound the oldest are forgotten
 
 The trees of other routers (`routing.baselines.cache_aware`, `prefix_affinity`) in blocks instead of characters.
@@ -29,7 +28,6 @@ class Mirror:
 
     def __init__(self) -> None:
         self._sent: dict[int, int] = {}
-        self._first: dict[int, int] = {}
         self._trees: dict[str, _Tree] = {}
 
     def __contains__(self, replica_id: str) -> bool:
@@ -63,17 +61,13 @@ class Mirror:
             if block in blocks:
                 del blocks[block]
             else:
-                self._first.setdefault(block, bit)
                 sent[block] = sent.get(block, 0) | bit
             blocks[block] = None
         for block in list(islice(blocks, max(0, len(blocks) - tree.max_blocks))):
             self._forget(tree, block)
 
     def match(self, hashes: Sequence[int]) -> dict[str, int]:
-        """Leading blocks of the prompt that each replica was sent, by replica id; a replica without any is absent.
-
-        Among those with the most, the one that the last matched block was sent to first comes first.
-        """
+        """Leading blocks of the prompt that each replica was sent, by replica id; a replica without any is absent."""
         mask = 0
         matched: dict[int, int] = {}
         for num_before, block in enumerate(hashes):
@@ -86,11 +80,8 @@ class Mirror:
                 break
         for bit in _bits(mask):
             matched[bit] = len(hashes)
-        if not matched:
-            return {}
-        first = self._first[hashes[max(matched.values()) - 1]]
         by_bit = {tree.bit: tree.replica_id for tree in self._trees.values()}
-        return {by_bit[bit]: matched[bit] for bit in sorted(matched, key=lambda bit: (-matched[bit], bit != first))}
+        return {by_bit[bit]: num_blocks for bit, num_blocks in matched.items()}
 
     def held_blocks(self) -> dict[str, int]:
         """Blocks remembered of each replica."""
@@ -104,18 +95,14 @@ class Mirror:
             for block in tree.blocks:
                 rebuilt[block] = rebuilt.get(block, 0) | tree.bit
         assert rebuilt == self._sent
-        assert self._first.keys() == self._sent.keys()
-        assert all(self._sent[block] & bit for block, bit in self._first.items())
 
     def _forget(self, tree: _Tree, block: int) -> None:
         del tree.blocks[block]
         rest = self._sent[block] & ~tree.bit
-        if not rest:
-            del self._sent[block], self._first[block]
-            return
-        self._sent[block] = rest
-        if self._first[block] == tree.bit:
-            self._first[block] = rest & -rest
+        if rest:
+            self._sent[block] = rest
+        else:
+            del self._sent[block]
 
 
 def _bits(mask: int) -> list[int]:

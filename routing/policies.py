@@ -32,7 +32,8 @@ class PolicySpec:
 
     `reads` says where `Snapshot.matched_blocks` comes from: `events` = the index of what replicas hold; `mirror` =
     `routing.mirror` of what this router sent, with `held_blocks`; `none` = left empty. `mirror_tokens`: how much the
-    mirror remembers of each replica; None = as much as its KV cache holds.
+    mirror remembers of each replica; None = as much as its KV cache holds. `weighs_seconds`: its costs are seconds for
+    all concerned, so that what one request saves by waiting can be told (`gateway.binding`).
     """
 
     name: str
@@ -40,6 +41,7 @@ class PolicySpec:
     reads: Literal["events", "mirror", "none"]
     source: str
     mirror_tokens: int | None = None
+    weighs_seconds: bool = False
 
     def mirror_blocks(self, block_tokens: int, kv_tokens: int) -> int:
         """The mirror's bound in routing blocks, for a replica whose cache holds `kv_tokens`."""
@@ -47,7 +49,7 @@ class PolicySpec:
 
 
 _SPECS = (
-    PolicySpec("warm", warm, "events", "warmgate"),
+    PolicySpec("warm", warm, "events", "warmgate", weighs_seconds=True),
     PolicySpec("round_robin", round_robin, "none", "most load balancers"),
     PolicySpec("random", random, "none", "most load balancers"),
     PolicySpec("power_of_two", power_of_two, "none", "Mitzenmacher 2001; Ray Serve 2.60"),
@@ -72,7 +74,7 @@ _SPECS = (
         "prefix_affinity_balanced",
         prefix_affinity("prefix_affinity_balanced", imbalanced_threshold=10),
         "mirror",
-        "Ray Serve LLM 2.49",
+        "Ray Serve LLM 2.49 to 2.53",
         UNBOUNDED_TOKENS,
     ),
     PolicySpec("overlap_cost", overlap_cost("overlap_cost"), "events", "NVIDIA Dynamo 1.x"),

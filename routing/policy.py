@@ -17,12 +17,13 @@ TIE_S = 0.001
 
 TOO_LONG = "prompt too long"
 NO_ADAPTERS = "no adapters"
+OTHER_MODEL = "other model"
 
 
 def unfit(request: RouteRequest, replica: ReplicaState) -> str | None:
     """Why this replica cannot take the request, or None when it can."""
     if replica.model != request.model:
-        return "other model"
+        return OTHER_MODEL
     if replica.draining:
         return "draining"
     if replica.breaker_open:
@@ -60,4 +61,10 @@ def split(request: RouteRequest, replicas: Sequence[ReplicaState]) -> tuple[list
 def rendezvous(request: RouteRequest, candidates: Sequence[Candidate]) -> Candidate:
     """The candidate with the highest hash of (first block, replica); without a full block the request's id decides."""
     key = request.block_hashes[0] if request.block_hashes else xxh3_64_intdigest(request.request_id.encode())
-    return max(candidates, key=lambda c: (xxh3_64_intdigest(c.replica_id.encode(), key), c.replica_id))
+    scores = [xxh3_64_intdigest(c.replica_id.encode(), key) for c in candidates]
+    highest = max(scores)
+    return max((c for c, score in zip(candidates, scores, strict=True) if score == highest), key=_replica_id)
+
+
+def _replica_id(candidate: Candidate) -> str:
+    return candidate.replica_id

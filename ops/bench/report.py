@@ -42,6 +42,11 @@ def package_versions() -> dict[str, str]:
     return {name: installed[name] for name in _PACKAGES if name in installed}
 
 
+def command_line(argv: Sequence[str]) -> list[str]:
+    """What repeats this run anywhere: the program by its name, files without their folders."""
+    return ["warmgate", *(Path(word).name if Path(word).is_file() else word for word in argv[1:])]
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """One finished benchmark. `command` is what repeats it; `facts` are settings and single findings; `notes` are
@@ -89,9 +94,9 @@ class Report:
 
     def show(self, console: Console) -> None:
         """Prints the tables: one row per metric, one column per side; then the ratios with their goals."""
-        console.print(_rich(self.title, *self._figures()))
+        console.print(rich_table(self.title, *self._figures()))
         if self.ratios:
-            console.print(_rich("ratios, pair by pair: median (lowest to highest)", *self._ratio_rows()))
+            console.print(rich_table("ratios, pair by pair: median (lowest to highest)", *self._ratio_rows()))
         for note in self.notes:
             console.print(f"• {note}", style="dim", markup=False)
 
@@ -103,10 +108,10 @@ class Report:
             f"## {self.title}",
             f"{self.date.isoformat()}, {describe_machine()}; {versions}.{enough}",
             f"```\n{shlex.join(self.command)}\n```",
-            _markdown(*self._figures()),
+            markdown_table(*self._figures()),
         ]
         if self.ratios:
-            parts.append(_markdown(*self._ratio_rows()))
+            parts.append(markdown_table(*self._ratio_rows()))
         parts.extend(f"- {note}" for note in self.notes)
         if self.facts:
             parts.append("Settings and findings: `" + msgspec.json.encode(dict(self.facts)).decode() + "`")
@@ -134,7 +139,8 @@ def _spread_json(spread: Spread) -> dict[str, float]:
     return {"median": spread.median, "low": spread.low, "high": spread.high, "num": spread.num}
 
 
-def _rich(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def rich_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """For a terminal."""
     table = Table(title=title, title_justify="left")
     for column in header:
         table.add_column(column)
@@ -143,7 +149,8 @@ def _rich(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> T
     return table
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """For a page."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 

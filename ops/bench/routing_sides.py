@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import sys
-import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 import msgspec
 
@@ -25,30 +22,30 @@ from configs.schema import (
     SimConfig,
     TenantConfig,
 )
+from ops.bench.children import child, line_of
 from ops.bench.gateway import answers, free_port
-from ops.bench.harness import BenchError
-from ops.bench.replay import (
+from ops.bench.replay import Outcome, Play, replay
+from ops.bench.replay_http import HttpAsker
+from ops.bench.replay_ray import RayReplays
+from ops.bench.rivals.ray_replay import Author, Job
+from ops.bench.rivals.venvs import RivalVenv
+from ops.bench.stack import MODEL, Stack
+from ops.bench.trace_slice import (
     BLOCK_SIZE,
-    MAX_BATCHED_TOKENS,
     MAX_NUM_SEQS,
     PREFILL_TOKENS_PER_S,
     STEP_BASE_S,
     STEP_PER_SEQUENCE_S,
-    Outcome,
     ReplayRequest,
     SliceSpec,
     block_tokens,
-    replay,
+    scaled,
     slice_of,
 )
-from ops.bench.replay_http import HttpAsker
-from ops.bench.rivals.ray_replay import Job
-from ops.bench.rivals.venvs import RivalVenv
-from ops.bench.stack import MODEL, Stack
 from ops.simulate.formats import load_trace
 from ops.simulate.trace import Trace
 
-RAY_READY_S = 120.0
+READY_S = 60.0
 
 VLLM_POLICIES: dict[str, tuple[str, ...]] = {
     "cache_aware": ("--policy", "cache_aware"),
@@ -60,6 +57,9 @@ VLLM_POLICIES: dict[str, tuple[str, ...]] = {
     "power_of_two": ("--policy", "power_of_two"),
 }
 """vllm-router's options by the name of the policy that restates each."""
+
+RAY_FRONTS: dict[str, Author] = {"ray": "ray", "warmgate-in-ray": "warmgate"}
+"""Whose request router a deployment of sim engines gets: Ray's own, or ours with the policy that restates it."""
 
 ALWAYS_FREE = 1_000_000
 """Requests that may wait at a replica where nothing is held back at the ingress."""
@@ -93,7 +93,7 @@ class Workload:
             kind="sim",
             block_size=BLOCK_SIZE,
             max_num_seqs=MAX_NUM_SEQS,
-            max_num_batched_tokens=MAX_BATCHED_TOKENS,
+            max_num_batched_tokens=self.spec.max_num_batched_tokens,
             max_waiting=ALWAYS_FREE,
             order="fcfs",
             sim=sim,
@@ -114,16 +114,21 @@ class Workload:
         if policy is None:
             return plain
         routing = msgspec.convert({"policy": policy}, type=RoutingConfig)
-        admission = AdmissionConfig(max_ahead_per_replica=ALWAYS_FREE)
+        admission = AdmissionConfig(max_ahead_per_replica=ALWAYS_FREE, look_ahead=0)
         return msgspec.structs.replace(plain, routing=routing, admission=admission)
+
+    def job(self, rule: str, author: Author) -> Job:
+        """A visit of a deployment in Ray, its request router by this author."""
+        return Job(rule, self.spec.num_replicas, self.engine, self.requests, self.block_tokens, author)
 
     @property
     def block_tokens(self) -> int:
         return block_tokens(self.trace, self.spec)
 
-
-Play: TypeAlias = Callable[[Sequence[ReplayRequest]], Awaitable[list[Outcome]]]
-"""Sends requests through a front-end that runs, each at its time."""
+    @property
+    def scaled(self) -> Trace:
+        """What the requests are made from, in their seconds and tokens."""
+        return scaled(self.trace, self.spec)
 
 
 @contextlib.asynccontextmanager
@@ -158,7 +163,7 @@ async def vllm_router(workload: Workload, options: Sequence[str]) -> AsyncIterat
             mock = await processes.enter_async_context(
                 child(sys.executable, "-m", "ops.bench.mock_engine", *words, stdout=asyncio.subprocess.PIPE)
             )
-            urls.append(msgspec.json.decode(await line_of(mock, RAY_READY_S))["url"])
+            urls.append(msgspec.json.decode(await line_of(mock, READY_S))["url"])
         port = free_port()
         words = ("--worker-urls", *urls, "--host", "127.0.0.1", "--port", str(port), "--log-level", "warning")
         more = ("--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port()))
@@ -170,66 +175,11 @@ async def vllm_router(workload: Workload, options: Sequence[str]) -> AsyncIterat
             yield play
 
 
-@contextlib.asynccontextmanager
-async def ray_serve(workload: Workload, router: str) -> AsyncIterator[Play]:
-    """A Ray of its own, with a deployment of sim engines behind one of Ray's routers."""
-    pipe = asyncio.subprocess.PIPE
-    command = (sys.executable, "-m", "ops.bench.rivals.ray_replay")
-    with tempfile.TemporaryFile() as log:
-        try:
-            async with child(*command, stdin=pipe, stdout=pipe, stderr=log.fileno()) as process:
-                assert process.stdin is not None
-                job = Job(router, workload.spec.num_replicas, workload.engine, workload.requests)
-                process.stdin.write(msgspec.json.encode(job) + b"\n")
-                await line_of(process, RAY_READY_S)
-                yield lambda _: _ray_outcomes(process)
-                process.stdin.close()
-                await process.wait()
-        except BenchError as error:
-            log.seek(0)
-            raise BenchError(f"{error}: {log.read().decode(errors='replace').strip()[-800:]}") from error
-
-
-async def _ray_outcomes(process: asyncio.subprocess.Process) -> list[Outcome]:
-    """Says go; the process replays the requests that it was given at its start."""
-    assert process.stdin is not None
-    process.stdin.write(b"go\n")
-    return msgspec.json.decode(await line_of(process, math.inf), type=list[Outcome])
-
-
-@contextlib.asynccontextmanager
-async def child(*command: str, **streams: int) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A process that ends with the block; it is asked first."""
-    process = await asyncio.create_subprocess_exec(*command, limit=2**26, **streams)  # type: ignore[arg-type]
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.terminate()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), 20)
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-
-
-async def line_of(process: asyncio.subprocess.Process, limit_s: float) -> bytes:
-    """The next line a process says. Raises BenchError when it ends, or says nothing for that long."""
-    assert process.stdout is not None
-    try:
-        line = await asyncio.wait_for(process.stdout.readline(), None if math.isinf(limit_s) else limit_s)
-    except TimeoutError as error:
-        raise BenchError(f"a process said nothing for {limit_s:g} s") from error
-    if not line:
-        raise BenchError(f"a process ended with status {await process.wait()}")
-    return line
-
-
-def opening_of(name: str) -> Callable[[Workload], AbstractAsyncContextManager[Play]]:
-    """How the side of that name starts."""
+def opening_of(name: str, rays: RayReplays) -> Callable[[Workload], AbstractAsyncContextManager[Play]]:
+    """How the side of that name starts; sides inside Ray in the Ray of `rays`."""
     front, _, rule = name.partition(":")
     if front == "vllm-router":
         return lambda workload: vllm_router(workload, VLLM_POLICIES[rule])
-    if front == "ray":
-        return lambda workload: ray_serve(workload, rule)
+    if front in RAY_FRONTS:
+        return lambda workload: rays.deployed(workload.job(rule, RAY_FRONTS[front]))
     return lambda workload: warmgate(workload, rule or None)

@@ -13,7 +13,7 @@ Load 1.0 would keep the fleet busy with prefill alone if nothing were ever cache
 """
 
 from ops.simulate.calibration import Calibration
-from ops.simulate.capacity import Capacity, capacity
+from ops.simulate.capacity import Capacity, Search, capacity
 from ops.simulate.driver import run
 from ops.simulate.fleet import FleetSpec
 from ops.simulate.formats import load_trace
@@ -22,5 +22,5 @@ from ops.simulate.result import Result
 from ops.simulate.slo import Slo
 from ops.simulate.trace import Trace, TraceRequest
 
-__all__ = ["Calibration", "Capacity", "FleetSpec", "ReplicaSpec", "Result", "Slo", "Trace", "TraceRequest",
+__all__ = ["Calibration", "Capacity", "FleetSpec", "ReplicaSpec", "Result", "Search", "Slo", "Trace", "TraceRequest",
            "capacity", "load_trace", "run"]  # fmt: skip

@@ -1,9 +1,12 @@
 """Measures what a step of a live replica costs, with a few streamed requests and nothing but the OpenAI API.
 
     prefill   two lengths of prompt that nobody has cached: the difference in TTFT over the difference in tokens
-    decode    one answer alone, then several at once: their time per token on a line over their number
+    decode    one answer alone, then several at once: their time per token on a line over their number; where a
+              gateway tells which replica answered, over their number at that replica
+    overhead  what the short prompts took beyond the steps so found
 
-The shortest of several TTFTs counts, and the median gap between tokens: what disturbs only ever adds.
+The shortest of several TTFTs counts, and the median gap between tokens: what disturbs only ever adds. The overhead is a
+median: part of it is the usual disturbance.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import asyncio
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -43,14 +47,22 @@ class Measuring:
     repeats: int = 5
     seed: int = 0
 
+    def num_steps(self, answer: Answer) -> int:
+        """Steps that its prompt takes alone."""
+        return -(-answer.num_uncached // self.max_num_batched_tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One streamed answer: prompt tokens that had to be computed, seconds to the first token, gaps between tokens."""
+    """One streamed answer: prompt tokens that had to be computed, seconds to the first token, gaps between tokens.
+
+    `replica`: who gave it, where that is told.
+    """
 
     num_uncached: int
     ttft_s: float
     gaps_s: tuple[float, ...]
+    replica: str = ""
 
 
 async def calibrate_live(url: str, measuring: Measuring, clock: Callable[[], float] = time.perf_counter) -> Calibration:
@@ -88,25 +100,35 @@ def fit(
     fewest = min(len(answer.gaps_s) for answer in (alone, *together))
     if fewest < MIN_GAPS:
         raise SimulationError(f"an answer had {fewest + 1} tokens; {MIN_GAPS + 1} are needed to time them")
-    alone_s = statistics.median(alone.gaps_s)
-    together_s = statistics.median(statistics.median(answer.gaps_s) for answer in together)
-    per_sequence_s = max(0.0, (together_s - alone_s) / (len(together) - 1))
-    base_s = max(alone_s - per_sequence_s, 1e-6)
+    base_s, per_sequence_s = _step_costs(alone, together)
+    step_s = base_s + per_sequence_s
     short, long = (min(answers, key=lambda a: a.ttft_s) for answers in prompts)
     num_more = long.num_uncached - short.num_uncached
-    token_s = (long.ttft_s - short.ttft_s) / num_more if num_more > 0 else 0.0
-    token_s -= (base_s + per_sequence_s) / measuring.max_num_batched_tokens
+    more_steps = measuring.num_steps(long) - measuring.num_steps(short)
+    token_s = (long.ttft_s - short.ttft_s - more_steps * step_s) / num_more if num_more > 0 else 0.0
     if token_s <= 0:
         raise SimulationError(
             f"a prompt of {long.num_uncached} tokens took {long.ttft_s:.3f} s, one of {short.num_uncached} "
             f"{short.ttft_s:.3f} s: no prefill rate can be told; try longer ones with --prompt-tokens"
         )
+    beyond = [a.ttft_s - measuring.num_steps(a) * step_s - a.num_uncached * token_s for a in prompts[0]]
     return Calibration(
         prefill_tokens_per_s=1 / token_s,
         step_base_s=base_s,
         step_per_sequence_s=per_sequence_s,
+        overhead_s=max(0.0, statistics.median(beyond)),
         source=f"measured: {measuring.model}",
     )
+
+
+def _step_costs(alone: Answer, together: Sequence[Answer]) -> tuple[float, float]:
+    """(seconds of a step, more for each sequence in it): the line through one alone that fits the others best."""
+    alone_s = statistics.median(alone.gaps_s)
+    numbers = Counter(answer.replica for answer in together)
+    points = [(numbers[answer.replica] - 1, statistics.median(answer.gaps_s) - alone_s) for answer in together]
+    weight = sum(more**2 for more, _ in points)
+    per_sequence_s = max(0.0, sum(more * slower_s for more, slower_s in points) / weight) if weight else 0.0
+    return max(alone_s - per_sequence_s, 1e-6), per_sequence_s
 
 
 class _Asker:
@@ -129,6 +151,7 @@ class _Asker:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        replica = ""
         sent_at = self._clock()
         arrivals: list[float] = []
         usage: dict[str, int] = {}
@@ -136,6 +159,7 @@ class _Asker:
             if answer.status_code != 200:
                 text = (await answer.aread()).decode(errors="replace")[:300]
                 raise SimulationError(f"{answer.request.url}: {answer.status_code} {text}")
+            replica = answer.headers.get("x-warmgate-replica", "")
             async for line in answer.aiter_lines():
                 event = _event(line)
                 if event.get("usage"):
@@ -146,7 +170,7 @@ class _Asker:
         if not arrivals or not usage:
             raise SimulationError(f"{answer.request.url}: the stream had no tokens or no usage in it")
         gaps = tuple(after - before for before, after in pairwise(arrivals))
-        return Answer(usage["all"] - usage["cached"], arrivals[0] - sent_at, gaps)
+        return Answer(usage["all"] - usage["cached"], arrivals[0] - sent_at, gaps, replica)
 
 
 def _event(line: str) -> dict[str, Any]:

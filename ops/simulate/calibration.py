@@ -15,18 +15,21 @@ from ops.simulate.errors import SimulationError
 class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Step costs in seconds. The defaults are round figures for one GPU and an 8B model.
 
-    `adapter_load_s`: fetching one adapter into a slot. `source` says what was measured, and when.
+    `adapter_load_s`: fetching one adapter into a slot. `overhead_s`: what a client waits for a first token beside the
+    replica's steps (HTTP, tokenising, the way there and back). `source` says what was measured, and when.
     """
 
     prefill_tokens_per_s: float = 8000.0
     step_base_s: float = 0.006
     step_per_sequence_s: float = 0.00035
     adapter_load_s: float = 0.2
+    overhead_s: float = 0.0
     source: str = "defaults"
 
     def __post_init__(self) -> None:
         positive = (self.prefill_tokens_per_s, self.step_base_s)
-        if not all(0 < x < float("inf") for x in positive) or min(self.step_per_sequence_s, self.adapter_load_s) < 0:
+        others = (self.step_per_sequence_s, self.adapter_load_s, self.overhead_s)
+        if not all(0 < x < float("inf") for x in positive) or min(*others) < 0:
             raise ValueError("rates and step times must be positive and finite")
 
     def step_s(self, num_sequences: int, num_prefill_tokens: int) -> float:

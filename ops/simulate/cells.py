@@ -6,13 +6,13 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from ops.simulate.bounds import pooled_lru_hit, pooled_lru_swap_rate
-from ops.simulate.capacity import capacity
+from ops.simulate.capacity import Search, capacity
 from ops.simulate.driver import run
 from ops.simulate.errors import SimulationError
 from ops.simulate.fleet import FleetSpec
@@ -24,11 +24,12 @@ NUM_CDF_POINTS = 200
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One thing to find out. `load`: None = the largest that is sustained."""
+    """One thing to find out. `load`: None = the largest that is sustained, looked for with `search`."""
 
     policy: str
     fleet: FleetSpec
-    load: float | None
+    load: float | None = None
+    search: Search = field(default_factory=Search)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,10 @@ class Finding:
             "kv_tokens": fleet.replica.kv_tokens,
             "order": fleet.replica.order,
             "ingresses": fleet.num_ingresses,
+            "stats_delay_s": fleet.stats_delay_s,
+            "events_delay_s": fleet.events_delay_s,
             "max_ahead": fleet.max_ahead,
+            "look_ahead": fleet.look_ahead,
             "load": self.load,
             "capacity": self.capacity,
             **self.summary,
@@ -62,12 +66,12 @@ class Finding:
         }
 
 
-def find(trace: Trace, cell: Cell) -> Finding:
-    """Runs one cell."""
+def find(trace: Trace, cell: Cell, near: float | None = None) -> Finding:
+    """Runs one cell. `near`: where its capacity may be, if somebody has an idea."""
     if cell.load is not None:
         result = run(trace, cell.policy, cell.fleet, cell.load)
         return _finding(trace, (cell, result), None, ((cell.load, result.attainment),))
-    found = capacity(trace, cell.policy, cell.fleet)
+    found = capacity(trace, cell.policy, cell.fleet, replace(cell.search, near=near or cell.search.near))
     return _finding(trace, (cell, found.result), found.load, found.curve)
 
 
@@ -90,35 +94,54 @@ def _finding(
     return Finding(cell, result.load, found, summary, curve, cdf_s)
 
 
-def find_all(trace: Trace, cells: Sequence[Cell], num_workers: int, told: Callable[[Finding], None]) -> list[Finding]:
-    """Runs all cells, `num_workers` at once; `told` hears of each as it ends. In the order of `cells`.
+def no_idea(_cell: Cell) -> float | None:
+    """Where nothing is known about a capacity beforehand."""
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """How cells are run: `num_workers` at once; `told` hears of each as it ends; `near` is asked before each begins."""
+
+    num_workers: int
+    told: Callable[[Finding], None]
+    near: Callable[[Cell], float | None] = no_idea
+
+
+def find_all(trace: Trace, cells: Sequence[Cell], crew: Crew) -> list[Finding]:
+    """Runs all cells. In the order of `cells`.
 
     Raises SimulationError when a worker dies, and what a cell raises.
     """
-    if min(num_workers, len(cells)) <= 1:
+    num_workers = min(crew.num_workers, len(cells))
+    if num_workers <= 1:
         one_by_one = []
         for cell in cells:
-            one_by_one.append(find(trace, cell))
-            told(one_by_one[-1])
+            one_by_one.append(find(trace, cell, crew.near(cell)))
+            crew.told(one_by_one[-1])
         return one_by_one
     found: dict[int, Finding] = {}
     todo = iter(range(len(cells)))
-    with _workers(trace, cells, min(num_workers, len(cells))) as connections:
+    with _workers(trace, cells, num_workers) as connections:
         busy = set(connections)
         for connection in connections:
-            connection.send(next(todo))
+            _ask(connection, next(todo), cells, crew)
         while busy:
             for ready in wait(list(busy)):
                 assert isinstance(ready, Connection)
                 index, finding = _answer(ready)
                 found[index] = finding
-                told(finding)
+                crew.told(finding)
                 following = next(todo, None)
                 if following is None:
                     busy.discard(ready)
                 else:
-                    ready.send(following)
+                    _ask(ready, following, cells, crew)
     return [found[index] for index in range(len(cells))]
+
+
+def _ask(connection: Connection, index: int, cells: Sequence[Cell], crew: Crew) -> None:
+    connection.send((index, crew.near(cells[index])))
 
 
 def _answer(connection: Connection) -> tuple[int, Finding]:
@@ -162,9 +185,9 @@ def _workers(trace: Trace, cells: Sequence[Cell], num: int) -> Iterator[list[Con
 def _work(connection: Connection, trace: Trace, cells: Sequence[Cell]) -> None:
     try:
         while True:
-            index = connection.recv()
+            index, near = connection.recv()
             try:
-                connection.send((index, find(trace, cells[index])))
+                connection.send((index, find(trace, cells[index], near)))
             except Exception as error:
                 connection.send(error)
     except (EOFError, OSError, KeyboardInterrupt):

@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
+from configs.schema import AdmissionConfig
+from ops.token_count import TokenCount
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from ops.simulate.capacity import Search
     from ops.simulate.cells import Cell, Finding
     from ops.simulate.fleet import FleetSpec
 
@@ -65,8 +69,8 @@ def simulate() -> None:
 @click.argument("path", metavar="TRACE", type=_FILE)
 @click.option("--policy", "policies", multiple=True, default=("warm",), show_default=True, help="Repeatable.")
 @click.option("--replicas", multiple=True, default=(8,), type=_AT_LEAST_1, show_default=True, help="Repeatable.")
-@click.option("--kv-tokens", multiple=True, default=(4_000_000,), type=_AT_LEAST_1, show_default=True,
-              help="KV cache of one replica; repeatable.")  # fmt: skip
+@click.option("--kv-tokens", multiple=True, default=("4M",), type=TokenCount(), show_default=True,
+              help="KV cache of one replica, such as 512k; repeatable.")  # fmt: skip
 @click.option("--order", "orders", multiple=True, default=("fcfs",), show_default=True,
               type=click.Choice(["fcfs", "shortest"]), help="Prefill order; repeatable.")  # fmt: skip
 @click.option("--load", "loads", multiple=True, type=_POSITIVE,
@@ -80,7 +84,12 @@ def simulate() -> None:
 @click.option("--stale-ms", default=0.0, show_default=True, type=_NOT_NEGATIVE, help="How late state and events come.")
 @click.option("--events-ms", multiple=True, type=Delay(), metavar="MS|never",
               help="How late KV events come. Default: as --stale-ms.")  # fmt: skip
-@click.option("--max-ahead", type=click.IntRange(min=0), help="Late binding: requests that may wait at a replica.")
+@click.option("--look-ahead", default=AdmissionConfig().look_ahead, show_default=True,
+              type=click.IntRange(min=0, max=64),
+              help="Late binding, with policies that weigh in seconds: choose request and replica together, among so "
+              "many. 0: send at once, as with all others.")  # fmt: skip
+@click.option("--max-ahead", type=click.IntRange(min=0),
+              help="Late binding in fair order: requests that may wait at a replica.")  # fmt: skip
 @click.option("--max-num-seqs", default=256, show_default=True, type=_AT_LEAST_1)
 @click.option("--max-num-batched-tokens", default=2048, show_default=True, type=_AT_LEAST_1)
 @click.option("--adapters", type=_AT_LEAST_1, help="Ask for so many LoRA adapters, by conversation.")
@@ -94,14 +103,14 @@ def simulate() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Only the JSON line.")
 def trace(path: Path, as_json: bool, plot_to: Path | None, workers: int | None, **options: Any) -> None:
     """Simulate TRACE: Mooncake or session JSON lines, Azure CSV, ServeGen tar.gz, or the gateway's own usage log."""
-    from ops.simulate.cells import find_all, num_cores
+    from ops.simulate.cells import Crew, find_all, num_cores
     from ops.simulate.report import Report
 
     began = time.monotonic()
     played = _trace(path, options)
-    cells = _cells(options, None if options["adapters"] is None else options["adapter_slots"])
+    cells = _cells(options, None if options["adapters"] is None else options["adapter_slots"], _search(plot_to))
     with _progress(len(cells)) as told:
-        findings = find_all(played, cells, workers or num_cores(), told)
+        findings = find_all(played, cells, Crew(workers or num_cores(), told))
     report = Report(played, cells[0].fleet, findings, time.monotonic() - began)
     if not as_json:
         Console(width=None if Console().is_terminal else 200).print(report.table())
@@ -161,24 +170,32 @@ def _trace(path: Path, options: dict[str, Any]) -> Any:
     return found
 
 
-def _cells(options: dict[str, Any], adapter_slots: int | None) -> list[Cell]:
+def _cells(options: dict[str, Any], adapter_slots: int | None, search: Search) -> list[Cell]:
     """Every combination that was asked for: fleets outside, policies inside."""
     from ops.simulate.cells import Cell
     from ops.simulate.driver import policy_named
 
-    for name in options["policies"]:
-        policy_named(name)
+    policies = {name: policy_named(name) for name in options["policies"]}
     if options["capacity"] and options["loads"]:
         raise click.UsageError("--capacity finds the load: leave out --load")
     loads: Sequence[float | None] = (None,) if options["capacity"] else options["loads"] or (0.8,)
     return [
-        Cell(policy, _fleet(options, (replicas, kv_tokens, order), adapter_slots or 0), load)
+        Cell(name, fleet.as_bound(policy), load, search)
         for replicas in options["replicas"]
         for kv_tokens in options["kv_tokens"]
         for order in options["orders"]
+        for fleet in [_fleet(options, (replicas, kv_tokens, order), adapter_slots or 0)]
         for load in loads
-        for policy in options["policies"]
+        for name, policy in policies.items()
     ]
+
+
+def _search(plot_to: Path | None) -> Search:
+    """A picture shows how attainment falls, so then every run is played to its end."""
+    from ops.simulate.capacity import Search
+    from ops.simulate.driver import run
+
+    return Search() if plot_to is None else Search(attempt=run)
 
 
 def _fleet(options: dict[str, Any], varied: tuple[int, int, Any], adapter_slots: int) -> FleetSpec:
@@ -203,6 +220,7 @@ def _fleet(options: dict[str, Any], varied: tuple[int, int, Any], adapter_slots:
         stats_delay_s=stale_s,
         events_delay_s=options["events_ms"][-1] if options["events_ms"] else stale_s,
         max_ahead=options["max_ahead"],
+        look_ahead=options["look_ahead"],
         seed=options["seed"],
     )
 

@@ -3,6 +3,7 @@
     heap of events: (seconds, kind, number)      kind 0: a replica's next event   1: an arrival   2: look at the queue
 
     run(trace, "warm", FleetSpec(num_replicas=8), load=0.8) → Result
+    run_while_sustained(…)                                  → Result, or None as soon as too many are late
 
 Nothing but the order of events depends on the heap: with the same trace, policy, fleet and seed the result is the same.
 """
@@ -18,6 +19,7 @@ from ops.simulate.fleet import FleetSpec
 from ops.simulate.ingress import Ingress, Placed
 from ops.simulate.replica import SimReplica
 from ops.simulate.result import Outcome, Played, Result
+from ops.simulate.slo import Hopes
 from ops.simulate.trace import Trace
 from ops.simulate.work import Progress, Work
 from routing.policies import POLICIES, PolicySpec
@@ -31,6 +33,11 @@ def run(trace: Trace, policy: str | PolicySpec, fleet: FleetSpec, load: float) -
     `policy` is a name of `routing.policies.POLICIES`, or a spec to be tried. Raises SimulationError for an unknown one.
     """
     return _Run(trace, policy_named(policy), fleet, load).play()
+
+
+def run_while_sustained(trace: Trace, policy: str | PolicySpec, fleet: FleetSpec, load: float) -> Result | None:
+    """The same where the load is sustained (`ops.simulate.slo`); None, and much sooner, where it is not."""
+    return _Run(trace, policy_named(policy), fleet, load).play_while_sustained()
 
 
 def policy_named(policy: str | PolicySpec) -> PolicySpec:
@@ -64,6 +71,28 @@ class _Run:
         self.ingresses = [Ingress(policy, fleet, self.replicas, self._clock) for _ in range(fleet.num_ingresses)]
 
     def play(self) -> Result:
+        self._begin()
+        while self._events:
+            self._step()
+        return self._result()
+
+    def play_while_sustained(self) -> Result | None:
+        slo, calibration = self.fleet.slo, self.fleet.replica.calibration
+        targets_s = [slo.target_s(request, calibration) for request in self.trace.requests]
+        hopes = Hopes(slo, targets_s, self.outcomes)
+        self._begin()
+        while self._events:
+            kind, number = self._step()
+            if kind == _ARRIVAL:
+                hopes.arrived(number, self.now)
+                hopes.look(self.now)
+                if not hopes.any:
+                    return None
+        result = self._result()
+        return result if result.sustained else None
+
+    def _begin(self) -> None:
+        """Every arrival that hangs on no other."""
         arrivals = self.trace.arrivals(self.load, self.fleet.tokens_per_s)
         for index, request in enumerate(self.trace.requests):
             if request.after is None:
@@ -71,18 +100,23 @@ class _Run:
             else:
                 self._followers.setdefault(request.after, []).append(index)
         self._events.sort()
-        while self._events:
-            at, kind, number = heappop(self._events)
-            self.now = max(self.now, at)
-            if kind == _REPLICA:
-                if self._due[number] == at:
-                    self._take(number, self.replicas[number].advance())
-            elif kind == _ARRIVAL:
-                self._arrive(number)
-            elif self._pump_at[number] == at:
-                self._pump_at[number] = inf
-                self.ingresses[number].view.look()
-                self._pump(number)
+
+    def _step(self) -> tuple[int, int]:
+        """The next event: its kind and number."""
+        at, kind, number = heappop(self._events)
+        self.now = max(self.now, at)
+        if kind == _REPLICA:
+            if self._due[number] == at:
+                self._take(number, self.replicas[number].advance())
+        elif kind == _ARRIVAL:
+            self._arrive(number)
+        elif self._pump_at[number] == at:
+            self._pump_at[number] = inf
+            self.ingresses[number].view.look()
+            self._pump(number)
+        return kind, number
+
+    def _result(self) -> Result:
         return Result.of(Played(self.policy.name, self.trace, self.fleet, self.load, self.outcomes, self.replicas))
 
     def _clock(self) -> float:
@@ -117,6 +151,8 @@ class _Run:
             self.outcomes[index].sent_s = self.now
             work = Work(self.trace.requests[index], index, placed.bound.charge.tag)
             self._take(placed.replica, self.replicas[placed.replica].submit(work, self.now))
+        if ingress.queue and ingress.look_at < self._pump_at[number]:
+            self._pump_later(number, ingress.look_at)
 
     def _take(self, number: int, progress: Progress) -> None:
         """What an event at a replica brought."""
@@ -124,12 +160,12 @@ class _Run:
         for work in progress.admitted:
             self.outcomes[work.tag].num_cached = work.num_cached
         for work in progress.first:
-            self.outcomes[work.tag].first_s = progress.at
+            self.outcomes[work.tag].first_s = progress.at + self.fleet.replica.calibration.overhead_s
             ingress, placed = self._placed[work.tag]
             ingress.answered(placed)
         for work in progress.ended:
             self._ended(work, progress.at)
-        if self.fleet.max_ahead is not None:
+        if self.fleet.binds_late:
             self._look_later()
 
     def _schedule(self, number: int) -> None:
@@ -141,17 +177,20 @@ class _Run:
 
     def _ended(self, work: Work, now: float) -> None:
         index = work.tag
-        self.outcomes[index].end_s = now
+        end_s = self.outcomes[index].end_s = now + self.fleet.replica.calibration.overhead_s
         ingress, placed = self._placed.pop(index)
         request = work.request
         ingress.ended(placed, request.num_prompt - work.num_cached, request.num_output)
         for follower in self._followers.pop(index, ()):
-            heappush(self._events, (now + self.trace.requests[follower].think_s, _ARRIVAL, follower))
+            heappush(self._events, (end_s + self.trace.requests[follower].think_s, _ARRIVAL, follower))
 
     def _look_later(self) -> None:
         """Ingresses with somebody waiting look again when the replica's news has arrived."""
         at = self.now + self.fleet.stats_delay_s
         for number, ingress in enumerate(self.ingresses):
             if ingress.queue and at < self._pump_at[number]:
-                self._pump_at[number] = at
-                heappush(self._events, (at, _PUMP, number))
+                self._pump_later(number, at)
+
+    def _pump_later(self, number: int, at: float) -> None:
+        self._pump_at[number] = at
+        heappush(self._events, (at, _PUMP, number))

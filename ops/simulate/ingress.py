@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
+
+import msgspec
 
 from configs.schema import ModelConfig
 from gateway.fair_queue import FairQueue
@@ -21,7 +24,8 @@ from ops.simulate.replica import SimReplica
 from ops.simulate.trace import TraceRequest
 from ops.simulate.view import View
 from replicas.contract import GenerateRequest, SamplingParams
-from routing.cost import matched_tokens
+from routing.ageing import Dues
+from routing.cost import PRIOR_PREFILL_TOKENS_PER_S, matched_tokens
 from routing.policies import PolicySpec
 from routing.types import Decision, ReplicaState, RouteRequest
 
@@ -54,10 +58,13 @@ class Ingress:
         self.queue: FairQueue[Waiting] = FairQueue()
         self.view = View(policy, spec, replicas, clock)
         self._policy = policy
-        self._binding = spec.binding
+        self.look_at = inf
+        self._binding = spec.new_binding()
+        self._dues = Dues() if spec.look_ahead else None
         self._clock = clock
         self._block_tokens = replicas[0].cache.block_tokens
         self._tenants: dict[str, Tenant] = {}
+        self._just_come: dict[int, RouteRequest] = {}
 
     def arrive(self, index: int, request: TraceRequest) -> None:
         """A request joins the queue."""
@@ -79,14 +86,25 @@ class Ingress:
         self.view.look()
         matched = max(self.view.matched(route).values(), default=0)
         num_uncached = request.num_prompt - matched_tokens(route, matched)
-        self.queue.push(Waiting(index, job, route, num_uncached, self._clock()))
-        self.view.prefetch(route)
+        now = self._clock()
+        due = now
+        if self._dues is not None:
+            rate = self.view.prefill_tokens_per_s or PRIOR_PREFILL_TOKENS_PER_S
+            due = self._dues.due(now, num_uncached, rate)
+        self.queue.push(Waiting(index, job, route, num_uncached, now, due), due)
+        if route.adapter is not None:
+            self._just_come[index] = route
 
     def bind(self) -> Placed | None:
-        """Sends the next request to its replica; None when none can go. Call `view.look` before."""
+        """Sends the next request to its replica; None when none can go before `look_at`. Call `view.look` before."""
+        self.look_at = inf
         bound = self._binding(self)
         if bound is None:
+            for waits in self._just_come.values():
+                self.view.prefetch(waits)
+            self._just_come.clear()
             return None
+        self._just_come.pop(bound.waiting.index, None)
         winner = bound.decision.winner
         assert winner is not None, f"no replica can take request {bound.waiting.index}: {bound.decision}"
         route = bound.waiting.route
@@ -118,6 +136,17 @@ class Ingress:
 
     def states(self) -> tuple[ReplicaState, ...]:
         return self.view.states()
+
+    @property
+    def now(self) -> float:
+        return self._clock()
+
+    def look_again(self, at: float) -> None:
+        self.look_at = at
+
+    def weigh(self, route: RouteRequest, replicas: tuple[ReplicaState, ...]) -> Decision:
+        snapshot = self.view.snapshot(route)
+        return self._policy.decide(route, msgspec.structs.replace(snapshot, replicas=replicas))
 
     def decide(self, route: RouteRequest) -> Decision:
         return self._policy.decide(route, self.view.snapshot(route))

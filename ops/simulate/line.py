@@ -13,7 +13,7 @@ from itertools import islice
 from ops.simulate.cache import PagedCache
 from ops.simulate.pending import LearntRates, PendingSizes
 from ops.simulate.work import Work
-from replicas.engine.order import BY_SIZE, ORDERS, OrderKey, OrderName, not_before, order_key
+from replicas.engine.order import BY_SIZE, ORDERS, OrderKey, OrderName, finish_tag, not_before, order_key
 from replicas.engine.scheduler import REFRESHED_PER_STEP
 
 
@@ -43,7 +43,7 @@ class WaitingLine:
         work.num_expected = self._uncached(work)
         self._rates.arrived(work.num_expected)
         if self._by_size:
-            work.not_before = not_before(work.fair_tag, self._rivals(work))
+            work.not_before = not_before(finish_tag(work, work.num_expected), self._rivals(work))
             self._tenants.setdefault(work.request.tenant, {})[work.number] = work
         self._place(work)
         self.pending.add(work.num_expected)
@@ -122,4 +122,4 @@ class WaitingLine:
             if tenant != work.request.tenant:
                 for rival in line.values():
                     if rival.priority == work.priority:
-                        yield rival.fair_tag + rival.num_expected, rival.due
+                        yield finish_tag(rival, rival.num_expected), rival.due

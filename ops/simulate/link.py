@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Awaitable, Callable
 
 from gateway.slot import MIN_PUSHES, DeltaSource, Sent, Slot
 from ops.simulate.frame import BLOCK_TOKENS
 from ops.simulate.replica import SimReplica
 from replicas.contract import EngineFacts, EngineStats, GenerateRequest, StepDelta
+from replicas.credits import with_credit
 
 MODEL = "simulated"
 UNLIMITED = 1 << 30
+
+ROUND_TRIP_S = 0.02
+"""What a replica reckons with (`channel.round_trip_s`)."""
 
 
 class _Unread:
@@ -37,17 +42,27 @@ _UNREAD = _Unread()
 class SimLink:
     """`gateway.slot.Link` to a simulated replica: `stats` as told `delay_s` ago."""
 
-    def __init__(self, replica_id: str, replica: SimReplica, delay_s: float) -> None:
+    def __init__(self, replica_id: str, replica: SimReplica, delay_s: float, clock: Callable[[], float]) -> None:
         self.replica_id = replica_id
         self.facts = facts_of(replica)
         self.stats = EngineStats(
             num_free_blocks=self.facts.num_blocks, num_blocks=self.facts.num_blocks, prefill_tokens_per_s=0.0
         )
         self.alive = True
+        self.num_opened = 0
+        self.num_counted: int | None = 0
+        self.turn = 0
+        self._told = self.stats
         self._replica = replica
         self._delay_s = delay_s
+        self._clock = clock
+        self._opened: deque[float] = deque()
+        replica.turns.join(self)
 
     def open(self, request: GenerateRequest) -> DeltaSource:
+        self.num_opened += 1
+        self._opened.append(self._clock())
+        self._replica.turns.sent(self, self._clock())
         return _UNREAD
 
     def prefetch(self, adapter_id: str) -> None:
@@ -59,11 +74,16 @@ class SimLink:
     def look(self, now: float) -> int:
         """Takes in what has arrived by now; returns how many pushes that was."""
         at = now - self._delay_s
-        stats = self._replica.frame(at).stats(at)
-        if stats is self.stats:
+        told = self._replica.frame(at).stats(at)
+        if told is self._told:
             return 0
-        num_pushes = max(1, stats.num_steps - self.stats.num_steps)
-        self.stats = stats
+        num_pushes = max(1, told.num_steps - self.stats.num_steps)
+        self._told = told
+        self.stats = with_credit(told, self.facts, (ROUND_TRIP_S, 0.0))
+        while self._opened and self._opened[0] <= at:
+            self._opened.popleft()
+        self.num_counted = self.num_opened - len(self._opened)
+        self.turn = self._replica.turns.of(self, now)
         return num_pushes
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from replicas.engine.order import Pace
-from replicas.engine.rates import PromptScale
+from routing.ageing import PromptScale
 
 _DECAY = 0.9
 _MIN_PREFILL_SHARE = 0.1

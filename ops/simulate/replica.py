@@ -26,6 +26,7 @@ from ops.simulate.frame import AdapterState, Frame, Steps
 from ops.simulate.line import WaitingLine
 from ops.simulate.pending import LearntRates
 from ops.simulate.work import Progress, Work
+from replicas.credits import Turns
 from replicas.engine.order import OrderKey, OrderName
 
 
@@ -72,6 +73,7 @@ class SimReplica:
         self.cache = PagedCache(spec.kv_tokens, block_tokens, log)
         load_s = spec.calibration.adapter_load_s
         self.adapters: SimAdapters[Work] = SimAdapters(spec.max_adapters, spec.max_adapter_loads, load_s)
+        self.turns: Turns[object] = Turns()
         self.num_steps = 0
         self.busy_s = 0.0
         self.prefill_tokens = 0
@@ -266,14 +268,8 @@ class SimReplica:
         progress.ended.append(work)
 
     def _tell(self, now: float) -> None:
-        """Something changed during a step: it is pushed when that has ended, unless the segment ends with it."""
-        segment = self._segment
-        if segment is None:
-            self._record(now, now)
-            return
-        pushed_at = segment.begin + (int((now - segment.begin) / segment.step_s) + 1) * segment.step_s
-        if pushed_at < segment.end:
-            self._record(now, pushed_at)
+        """Something changed beside the steps: a replica tells every ingress at once what another one has sent."""
+        self._record(now, now)
 
     def _record(self, now: float, since: float) -> None:
         """Keeps the state as it is told from `since` on."""

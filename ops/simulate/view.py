@@ -57,7 +57,7 @@ class View:
         self.ids = [f"r{i}" for i in range(len(replicas))]
         self.number = {replica_id: i for i, replica_id in enumerate(self.ids)}
         self.slots = [
-            SimSlot(SimLink(replica_id, replica, spec.stats_delay_s), spec.max_ahead, clock)
+            SimSlot(SimLink(replica_id, replica, spec.stats_delay_s, clock), spec.max_ahead, clock)
             for replica_id, replica in zip(self.ids, replicas, strict=True)
         ]
         self.feeds: list[KvFeed] = []
@@ -88,6 +88,13 @@ class View:
     def states(self) -> tuple[ReplicaState, ...]:
         """Every replica as it is believed to be."""
         return tuple([state for slot in self.slots if (state := slot.slot.state()) is not None])
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """The mean of the replicas that know theirs; 0 while none does."""
+        rates = [slot.link.stats.prefill_tokens_per_s for slot in self.slots]
+        known = [rate for rate in rates if rate > 0]
+        return sum(known) / len(known) if known else 0.0
 
     def has_place(self) -> bool:
         """Whether any replica can take one more."""
@@ -124,7 +131,7 @@ class View:
 
     def prefetch(self, route: RouteRequest) -> None:
         """The request has to wait: its adapter's home may load it meanwhile, unless some replica has it."""
-        if route.adapter is None or self.has_place():
+        if route.adapter is None:
             return
         loading = (name for state in self.states() for name, _ in state.loading)
         if route.adapter in loading or any(adapter_wait_s(route, state) == 0 for state in self.states()):
@@ -147,4 +154,5 @@ class View:
                 self._index.add(replica_id, num_blocks)
                 if spec.events_delay_s is not None:
                     self._index.load(replica_id, ())
+                    self._index.vouch(replica_id)  # `PagedCache` evicts tails first
                     self.feeds.append(KvFeed(replica_id, self._index, spec.events_delay_s))

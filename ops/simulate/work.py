@@ -17,14 +17,15 @@ class Work:
     tokens of KV held beside cached blocks.
     """
 
-    __slots__ = ("arrival", "deadline_s", "due", "fair_tag", "finish_step", "key", "not_before", "num_cached",
-                 "num_expected", "num_left", "num_private", "num_stored", "number", "priority", "reach", "request",
-                 "tag")  # fmt: skip
+    __slots__ = ("arrival", "deadline_s", "due", "fair_tag", "fair_weight", "finish_step", "key", "not_before",
+                 "num_cached", "num_expected", "num_left", "num_private", "num_stored", "number", "priority", "reach",
+                 "request", "tag")  # fmt: skip
 
     def __init__(self, request: TraceRequest, tag: int, fair_tag: float = 0.0, priority: int = 0) -> None:
         self.request = request
         self.tag = tag
         self.fair_tag = fair_tag
+        self.fair_weight = 1.0
         self.priority = priority
         self.deadline_s: float | None = None
         self.arrival = 0.0

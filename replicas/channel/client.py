@@ -147,7 +147,9 @@ class DeltaStream(AsyncIterator[StepDelta]):
 class ReplicaLink:
     """An authenticated connection to one replica, shared by all of an ingress's requests to it.
 
-    `stats` is the replica's load as last pushed, `stats_at` when it came (seconds of `options.clock`).
+    `stats` is the replica's load as last pushed, `stats_at` when it came (seconds of `options.clock`). Of the
+    `num_opened` requests sent the first `num_counted` are in it; None for a replica that does not say. `turn`: how many
+    other ingresses may use first what it wants.
     """
 
     def __init__(self, connection: LinkConnection, welcome: Welcome, options: LinkOptions) -> None:
@@ -158,6 +160,9 @@ class ReplicaLink:
         self.stats_at = options.clock()
         self.options = options
         self.num_stale_deltas = 0
+        self.num_opened = 0
+        self.num_counted: int | None = None
+        self.turn = 0
         # Asking for the running loop costs a system call (CPython 3.11 checks its pid): not once a token.
         self.new_future: Callable[[], asyncio.Future[None]] = asyncio.get_running_loop().create_future
         self._connection = connection
@@ -224,6 +229,7 @@ class ReplicaLink:
             older.cancel()
         stream = self._streams[request.request_id] = DeltaStream(self, request)
         self._connection.send_encoded(frame)
+        self.num_opened += 1
         return stream
 
     def prefetch(self, adapter_id: str) -> None:
@@ -259,6 +265,7 @@ class ReplicaLink:
 
     def received(self, frame: ReplicaFrame) -> None:
         self.stats = frame.stats
+        self.num_counted, self.turn = frame.num_opened, frame.turn
         self.stats_at = self.options.clock()
         if isinstance(frame, Step):
             for delta in frame.deltas:

@@ -105,16 +105,23 @@ class Ping(msgspec.Struct, frozen=True, array_like=True, tag=20):
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, tag=32):
-    """Every delta of one engine step for this ingress, and the replica's load after it."""
+    """Every delta of one engine step for this ingress, and the replica's load after it; the rest as in `Beat`."""
 
     stats: EngineStats
     deltas: list[StepDelta]
+    num_opened: int | None = None
+    turn: int = 0
 
 
 class Beat(msgspec.Struct, frozen=True, array_like=True, tag=33):
-    """The replica lives, and this is its load."""
+    """The replica lives, and this is its load, with the first `num_opened` requests of this connection in it.
+
+    `turn`: how many other ingresses may use first what it wants.
+    """
 
     stats: EngineStats
+    num_opened: int | None = None
+    turn: int = 0
 
 
 IngressFrame: TypeAlias = Open | Abort | Pause | Resume | Ping

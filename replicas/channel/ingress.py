@@ -64,6 +64,10 @@ class Host(Protocol):
 
     def stats(self) -> EngineStats: ...
 
+    def turn(self, connection: IngressConnection) -> int:
+        """How many other ingresses may use first what the replica wants."""
+        ...
+
     def admit(self, connection: IngressConnection) -> bool:
         """Counts a connection that has not proved itself yet; False when there are too many."""
         ...
@@ -94,6 +98,8 @@ class IngressConnection(FrameProtocol):
         self.streams: dict[str, Stream] = {}
         self.outbox: list[StepDelta] = []
         self.num_stale_frames = 0
+        self.num_opened = 0
+        self._told: EngineStats | None = None
         self._host = host
         self._nonce = fresh_nonce()
         self._deadline: asyncio.TimerHandle | None = None
@@ -153,6 +159,7 @@ class IngressConnection(FrameProtocol):
                     self._host.prefetch(adapter_id)
 
     def _on_open(self, request: GenerateRequest) -> None:
+        self.num_opened += 1
         older = self.streams.get(request.request_id)
         if older is not None:
             if older.request.attempt >= request.attempt:
@@ -218,7 +225,8 @@ class IngressConnection(FrameProtocol):
             self._send_step(self._host.stats(), deltas)
 
     def _send_step(self, stats: EngineStats, deltas: list[StepDelta]) -> None:
-        frame = encode(Step(stats, deltas))
+        self._told = stats
+        frame = encode(Step(stats, deltas, self.num_opened, self._host.turn(self)))
         if len(frame) > MAX_FRAME_BYTES and len(deltas) > 1:
             middle = len(deltas) // 2
             self._send_step(stats, deltas[:middle])
@@ -226,8 +234,17 @@ class IngressConnection(FrameProtocol):
         else:
             self.send_encoded(frame)
 
+    def tell(self, stats: EngineStats) -> None:
+        """Tells the ingress the load, unless it has heard just that, or does not read."""
+        if self.writable and stats != self._told:
+            self.send(self._beat_of(stats))
+
     def heartbeat(self) -> Frame:
-        return Beat(self._host.stats())
+        return self._beat_of(self._host.stats())
+
+    def _beat_of(self, stats: EngineStats) -> Beat:
+        self._told = stats
+        return Beat(stats, self.num_opened, self._host.turn(self))
 
     def on_lost(self, reason: str) -> None:
         self._cancel_deadline()

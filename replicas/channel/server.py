@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import msgspec
 
 from replicas.channel.endpoint import Endpoint, parse_endpoint
-from replicas.channel.frames import Beat
 from replicas.channel.ingress import IngressConnection, Stream
 from replicas.channel.journal import Journal, UsageRecord
+from replicas.channel.news import OFTEN_S, SOON_S, News
 from replicas.channel.transport import ChannelOptions
 from replicas.contract import (
     Engine,
@@ -25,6 +25,7 @@ from replicas.contract import (
     RefusedError,
     StepDelta,
 )
+from replicas.credits import EndRate, Turns, with_credit
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +43,15 @@ def _ignore(adapter_id: str) -> None:
 class ServerOptions(ChannelOptions):
     """`journal` gets the usage of requests whose ingress vanished; `max_handshakes` bounds unauthenticated peers.
 
-    `prefetch` hears of adapters that ingresses will want soon.
+    `prefetch` hears of adapters that ingresses will want soon. `round_trip_s`: how long after the replica said that it
+    can take more it expects to have it.
     """
 
     journal: Journal = _to_log
     prefetch: Callable[[str], None] = _ignore
     max_handshakes: int = 64
     close_s: float = 1.0
+    round_trip_s: float = 0.02
 
 
 class ChannelServer:
@@ -79,6 +82,9 @@ class ChannelServer:
         self._streams: dict[str, Stream] = {}
         self._numbers = itertools.count(1)
         self._stats = EngineStats()
+        self._ends = EndRate(self.options.clock)
+        self._news = News(self._tell)
+        self._turns: Turns[IngressConnection] = Turns()
         self._settled = asyncio.Event()
         self._closed = False
 
@@ -108,15 +114,21 @@ class ChannelServer:
 
     def announce(self) -> None:
         """Tells every ingress the load now, rather than with the next step or heartbeat."""
-        beat = Beat(self.stats())
+        self._tell()
+
+    def _tell(self) -> bool:
+        """Tells the load to every ingress that has not heard it; whether it will change by itself."""
+        stats = self.stats()
         for connection in self._connections:
-            connection.send(beat)
+            connection.tell(stats)
+        return bool(self._streams)
 
     async def close(self) -> None:
         """Ends open requests with `engine_dead`, sends what is written, stops listening. Idempotent."""
         if self._closed:
             return
         self._closed = self.draining = True
+        self._news.close()
         for listener, _ in self._listeners:
             listener.close()
         try:
@@ -157,9 +169,11 @@ class ChannelServer:
         return len(self._connections)
 
     def stats(self) -> EngineStats:
-        """The engine's load, or the last known one when it is dead."""
+        """The engine's load and what it wants beyond it, or the last known one when it is dead."""
         try:
-            self._stats = self._engine.stats()
+            round_trip_s = self.options.round_trip_s
+            per_round_trip = (round_trip_s, round_trip_s * self._ends.per_s)
+            self._stats = with_credit(self._engine.stats(), self.facts, per_round_trip)
         except EngineDeadError as error:
             self.fault = self.fault or Fault("engine_dead", str(error), retryable=True)
         if self.draining and not self._stats.draining:
@@ -192,11 +206,15 @@ class ChannelServer:
             stream.num_cached = delta.num_cached_tokens
         if delta.finish_reason is not None:
             stream.ended = True
+            self._ends.ended()
             del self._streams[stream.engine_id]
             if delta.fault is not None and delta.fault.code == "engine_dead":
                 self.fault = self.fault or delta.fault
 
     # Ingresses → engine (see `ingress.Host`).
+
+    def turn(self, connection: IngressConnection) -> int:
+        return self._turns.of(connection, self.options.clock())
 
     def admit(self, connection: IngressConnection) -> bool:
         if self._closed or len(self._pending) >= self.options.max_handshakes:
@@ -207,6 +225,7 @@ class ChannelServer:
     def welcomed(self, connection: IngressConnection) -> None:
         self._pending.discard(connection)
         self._connections.add(connection)
+        self._turns.join(connection)
         log.info("ingress %s connected", connection.ingress_id)
 
     def open(self, connection: IngressConnection, request: GenerateRequest) -> None:
@@ -217,6 +236,8 @@ class ChannelServer:
         fault = self._submit(engine_id, request)
         if fault is not None:
             self._deliver([StepDelta(engine_id, finish_reason="error", fault=fault)])
+        self._turns.sent(connection, self.options.clock())
+        self._news.within(SOON_S if len(self._connections) > 1 else OFTEN_S)
 
     def _submit(self, engine_id: str, request: GenerateRequest) -> Fault | None:
         """Hands the request to the engine; returns why it will not run."""
@@ -249,6 +270,7 @@ class ChannelServer:
 
     def lost(self, connection: IngressConnection, reason: str) -> None:
         self._pending.discard(connection)
+        self._turns.leave(connection)
         if connection not in self._connections:
             log.warning("a connection ended before it had authenticated: %s", reason)
             return

@@ -133,10 +133,10 @@ class ThreadedEngine:
             raise
 
     def stats(self) -> EngineStats:
-        """The load after the last step. Raises EngineDeadError when the engine is dead."""
+        """The load after the last step, and what came since. Raises EngineDeadError when the engine is dead."""
         if self._dead is not None:
             raise EngineDeadError(self._dead.message)
-        stats = self._thread.stats
+        stats = self._thread.load()
         return msgspec.structs.replace(stats, draining=True) if self._draining else stats
 
     def kv_events(self) -> list[KvEvent]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Literal, Protocol, TypeAlias
 
-from routing.waiting import LONG_SHARE, STRETCH
+from routing.ageing import handicap_s
 
 
 class Queued(Protocol):
@@ -23,6 +23,16 @@ class Queued(Protocol):
 
     @property
     def deadline_s(self) -> float | None: ...
+
+
+class Tagged(Protocol):
+    """What the fair queue says of a request: its tenant's virtual time when it left there, and its tenant's weight."""
+
+    @property
+    def fair_tag(self) -> float: ...
+
+    @property
+    def fair_weight(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +87,16 @@ def deadline(request: Queued, arrival: float, num_uncached: int, pace: Pace) -> 
 
 
 def shortest(request: Queued, arrival: float, num_uncached: int, pace: Pace) -> float:
-    """Shortest uncached prompt first, with linear ageing: due `STRETCH` times its prefill after its arrival.
+    """Shortest uncached prompt first, with linear ageing (`routing.ageing.handicap_s`).
 
-    What is longer than `LONG_SHARE` of the scale counts as just that long. A deadline that can still be met takes
-    handicap away, down to none: due when it must begin at the latest. Bands shift as in `priority`.
+    A deadline that can still be met takes handicap away, down to none: due when it must begin at the latest. Bands
+    shift as in `priority`.
     """
     own_s = num_uncached / pace.tokens_per_s
-    counted = min(num_uncached, LONG_SHARE * pace.scale_tokens) if pace.scale_tokens > 0 else num_uncached
-    handicap_s = STRETCH * counted / pace.tokens_per_s
+    late_s = handicap_s(num_uncached, pace.scale_tokens, pace.tokens_per_s)
     if request.deadline_s is not None and request.deadline_s >= own_s:
-        handicap_s = min(handicap_s, request.deadline_s - own_s)
-    return arrival + _bounded(handicap_s + _band_s(request))
+        late_s = min(late_s, request.deadline_s - own_s)
+    return arrival + _bounded(late_s + _band_s(request))
 
 
 ORDERS: dict[OrderName, Order] = {"fcfs": fcfs, "priority": priority, "deadline": deadline, "shortest": shortest}
@@ -101,15 +110,19 @@ def order_key(due: float, fair_tag: float, number: int) -> OrderKey:
     return (due // TICK_S, fair_tag, number)
 
 
-def not_before(finish_tag: float, others: Iterable[tuple[float, float]]) -> float:
+def finish_tag(request: Tagged, num_uncached: int) -> float:
+    """The virtual time at which its tenant will have been served this prompt too: weighted tokens over its weight."""
+    return request.fair_tag + num_uncached / request.fair_weight
+
+
+def not_before(own_tag: float, others: Iterable[tuple[float, float]]) -> float:
     """When a prompt is due at the earliest, for the sake of other tenants' pending ones; minus infinity: any time.
 
-    A finish tag is a fair tag plus the prompt's uncached tokens: what its tenant will have been served. `others`:
-    (finish tag, due) of each. One of another tenant is not overtaken if it would leave that tenant behind. This only
-    ever takes overtaking away: whatever the tags are, a prompt waits for none that comes after it.
-    (Self-clocked fair queueing, Golestani 1994.)
+    `own_tag`: its finish tag; `others`: (finish tag, due) of each. One of another tenant is not overtaken if that would
+    leave its tenant behind. This only ever takes overtaking away: whatever the tags are, a prompt waits for none that
+    comes after it. (Self-clocked fair queueing, Golestani 1994.)
     """
-    return max((due for other, due in others if other < finish_tag), default=-inf)
+    return max((due for other, due in others if other < own_tag), default=-inf)
 
 
 def _band_s(request: Queued) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from replicas.engine.order import finish_tag
 from replicas.engine.sequence import Sequence
 
 
@@ -53,7 +54,7 @@ class PendingPrompts:
                 for rival in line.values():
                     if rival.request.priority == priority:
                         standing = rival.standing
-                        yield rival.request.fair_tag + standing.num_expected, standing.due
+                        yield finish_tag(rival.request, standing.num_expected), standing.due
 
     def check(self, expected: dict[str, int]) -> None:
         """Asserts that just these prompts are counted, with these tokens left (by request id)."""

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from replicas.engine.block_pool import BlockPool
 from replicas.engine.limits import SchedulerConfig
-from replicas.engine.order import BY_SIZE, ORDERS, Pace, not_before, order_key
+from replicas.engine.order import BY_SIZE, ORDERS, Pace, finish_tag, not_before, order_key
 from replicas.engine.pending import PendingPrompts
-from replicas.engine.rates import PromptScale
 from replicas.engine.sequence import Sequence
+from routing.ageing import PromptScale
 
 
 class Ranking:
@@ -40,8 +40,8 @@ class Ranking:
         standing.num_expected = self._num_uncached(seq)
         self._scale.observe(standing.num_expected)
         if self.by_size:
-            finish_tag = seq.request.fair_tag + standing.num_expected
-            standing.not_before = not_before(finish_tag, self.pending.rivals(seq))
+            own_tag = finish_tag(seq.request, standing.num_expected)
+            standing.not_before = not_before(own_tag, self.pending.rivals(seq))
         self._place(seq)
         self.pending.put(seq, standing.num_expected)
 

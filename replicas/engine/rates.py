@@ -6,7 +6,6 @@ from replicas.engine.sequence import Plan
 
 _DECAY = 0.9
 _MIN_PREFILL_SHARE = 0.1
-_SCALE_DECAY = 0.99
 
 
 class Rates:
@@ -42,20 +41,3 @@ class Rates:
         """Seconds a step of that many prompt tokens beside the usual decodes should take."""
         rate = self.prefill_tokens_per_s
         return self.step_time_s + (num_prefill_tokens / rate if rate > 0 else 0.0)
-
-
-class PromptScale:
-    """The scale of the prompts that come: E[x²]/E[x] of their uncached tokens x, over about the last hundred."""
-
-    def __init__(self) -> None:
-        self._tokens = 0.0
-        self._squares = 0.0
-
-    @property
-    def tokens(self) -> float:
-        """0 while none has come."""
-        return self._squares / self._tokens if self._tokens else 0.0
-
-    def observe(self, num_uncached: int) -> None:
-        self._tokens = _SCALE_DECAY * self._tokens + num_uncached
-        self._squares = _SCALE_DECAY * self._squares + num_uncached**2

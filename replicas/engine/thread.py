@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, TypeVar
 
+import msgspec
+
 from replicas.contract import (
     EngineError,
     EngineFacts,
@@ -23,6 +25,7 @@ from replicas.contract import (
 from replicas.engine.core import EngineCore
 from replicas.engine.limits import unknown_token
 from replicas.engine.stall import thread_cpu_s
+from routing.waiting import merged
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -67,11 +70,10 @@ class Outlet(Protocol):
 class EngineThread:
     """Runs one EngineCore. What it writes for the event loop to read are single references: no locks.
 
-    `stats`: after the last step. `events`: a deque to pop from. `progress_at`: when the last step ended, on `clock`.
+    `events`: a deque to pop from. `progress_at`: when the last step ended, on `clock`.
     """
 
     def __init__(self, build: Callable[[], BuiltEngine], clock: Callable[[], float]) -> None:
-        self.stats = EngineStats()
         self.events: deque[KvEvent] = deque()
         self.progress_at = clock()
         self.predicted_step_s = 0.0
@@ -79,6 +81,11 @@ class EngineThread:
         self._build = build
         self._clock = clock
         self._inbox: deque[Message] = deque()
+        self._stats = EngineStats()
+        self._num_sent = 0
+        self._num_taken = 0
+        self._num_counted = 0
+        self._uncounted: deque[tuple[int, int]] = deque()  # (number of the message, prompt tokens)
         self._wake = threading.Event()
         self._is_stopping = False
         self._thread: threading.Thread | None = None
@@ -97,8 +104,28 @@ class EngineThread:
 
     def send(self, message: Message) -> None:
         """Leaves a message to be taken before the next step."""
+        self._num_sent += 1
+        if isinstance(message, GenerateRequest):
+            self._uncounted.append((self._num_sent, message.num_uncached or max(1, message.num_prompt_tokens)))
         self._inbox.append(message)
         self._wake.set()
+
+    def load(self) -> EngineStats:
+        """The engine's load: as of its last step, and requests sent since as waiting."""
+        counted, stats = self._num_counted, self._stats  # in this order: the thread writes them in the other one
+        uncounted = self._uncounted
+        while uncounted and uncounted[0][0] <= counted:
+            uncounted.popleft()
+        if not uncounted:
+            return stats
+        sizes = [num_tokens for _, num_tokens in uncounted]
+        return msgspec.structs.replace(
+            stats,
+            num_waiting=stats.num_waiting + len(sizes),
+            num_unseen=len(sizes),
+            num_waiting_tokens=stats.num_waiting_tokens + sum(sizes),
+            waiting_sizes=merged(stats.waiting_sizes, sizes),
+        )
 
     def stop(self) -> None:
         """Asks the thread to end after the step under way."""
@@ -129,7 +156,7 @@ class EngineThread:
             failure = error if isinstance(error, Exception) else EngineError(f"{type(error).__name__}: {error}")
             self._post(lambda: _complete(built, failure))
             return
-        self.stats = engine.core.stats()
+        self._stats = engine.core.stats()
         self._post(lambda: _complete(built, engine))
         fault = Fault("engine_dead", "the engine was closed", retryable=True)
         try:
@@ -149,7 +176,9 @@ class EngineThread:
             self._wake.clear()
             while self._inbox:
                 self._take(engine, self._inbox.popleft(), outlet)
+                self._num_taken += 1
             if not core.has_work:
+                self._publish(core)  # what was taken was refused, or aborted
                 continue
             deltas = core.step()
             self._publish(core)
@@ -190,7 +219,8 @@ class EngineThread:
     def _publish(self, core: EngineCore) -> None:
         self.progress_at = self._clock()
         self.predicted_step_s = core.predicted_step_s()
-        self.stats = core.stats()
+        self._stats = core.stats()
+        self._num_counted = self._num_taken
         if len(self.events) < MAX_WAITING_EVENTS:  # else the pool keeps them, and shortens them when it must
             self.events.extend(core.kv_events())
 

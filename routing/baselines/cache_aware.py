@@ -6,8 +6,9 @@
 
 They keep a tree of the characters sent to each worker, trimmed to `max_tree_size` characters a worker, and never hear
 from the worker's cache: here that is a mirror (`PolicySpec.reads`), in blocks of tokens instead of characters, four
-characters taken for a token. Where several workers were sent the prefix the tree names the one that was first:
-`Snapshot.matched_blocks` of a mirror comes in that order. Loads are requests in flight; the first of equals wins.
+characters taken for a token. Of several workers that were sent the longest prefix the tree names whichever its hash map
+has first (measured: luck), and blocks are coarser than letters besides: the draw decides. Loads are requests in flight;
+the first of equals wins.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from routing.baselines.rule import Choice, outstanding, policy
+from routing.baselines.rule import Choice, drawn, outstanding, policy
 from routing.policy import Policy
 from routing.types import ReplicaState, RouteRequest, Snapshot
 
@@ -53,12 +54,11 @@ def cache_aware(name: str, thresholds: Thresholds) -> Policy:
         idlest = fit[loads.index(fewest)]
         if most - fewest > thresholds.abs_threshold and most > thresholds.rel_threshold * fewest:
             return idlest, "imbalanced: fewest requests"
-        by_id = {replica.replica_id: replica for replica in fit}
-        matched = {i: num_blocks for i, num_blocks in snapshot.matched_blocks.items() if i in by_id}
-        if matched:
-            longest = max(matched, key=matched.__getitem__)  # the first of equals
-            if matched[longest] * request.block_tokens > thresholds.cache_threshold * request.num_prompt_tokens:
-                return by_id[longest], "was sent the longest prefix"
+        matched = snapshot.matched_blocks
+        longest = max(matched.get(replica.replica_id, 0) for replica in fit)
+        if longest * request.block_tokens > thresholds.cache_threshold * request.num_prompt_tokens:
+            warmest = [replica for replica in fit if matched.get(replica.replica_id) == longest]
+            return drawn(warmest, snapshot.draw), "was sent the longest prefix"
         return idlest, "no prefix to speak of: fewest requests"
 
     return policy(name, pick)

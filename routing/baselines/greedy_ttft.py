@@ -14,7 +14,7 @@ from routing.types import ReplicaState, RouteRequest, Snapshot
 
 
 def _pick(request: RouteRequest, snapshot: Snapshot, fit: Sequence[ReplicaState]) -> Choice:
-    shared_rate = comparable_rates(fit).prefill_tokens_per_s
+    shared_rate, _ = comparable_rates(fit)
     seconds = []
     for replica in fit:
         own = request.num_prompt_tokens - matched_tokens(request, snapshot.matched_blocks.get(replica.replica_id, 0))

@@ -5,15 +5,16 @@
    is at least `match_rate_threshold` of the prompt.
 3. Else among the replicas that were sent the least so far, the one with the shortest queue.
 
-Published defaults: no imbalance ever (infinity; 10 in the first releases, 2.49), 0.1, and a tree of characters that
-never evicts (`do_eviction` False). Here the tree is a mirror without bound, in blocks of tokens instead of characters.
+Published defaults: no imbalance ever (infinity; 10 in Ray 2.49 to 2.53), 0.1, and a tree of characters that never
+evicts (`do_eviction` False). Here the tree is a mirror without bound, in blocks of tokens instead of characters: where
+blocks cannot tell whose common prefix is the longest, the draw decides (`routing.baselines.rule.goes_on`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from routing.baselines.rule import Choice, least, outstanding, policy, two_choices
+from routing.baselines.rule import Choice, drawn, goes_on, least, outstanding, policy, two_choices
 from routing.policy import Policy
 from routing.types import ReplicaState, RouteRequest, Snapshot
 
@@ -34,6 +35,7 @@ def prefix_affinity(
             smallest = [r for r, num_blocks in zip(fit, held, strict=True) if num_blocks == min(held)]
             return least(smallest, snapshot.draw), "no prefix to speak of: was sent the least so far"
         warmest = [r for r, num_blocks in zip(fit, matched, strict=True) if num_blocks == longest]
-        return least(warmest, snapshot.draw), "was sent the longest prefix"
+        choose = drawn if goes_on(request, longest) else least
+        return choose(warmest, snapshot.draw), "was sent the longest prefix"
 
     return policy(name, pick)

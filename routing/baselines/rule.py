@@ -63,6 +63,15 @@ def two_choices(candidates: Sequence[ReplicaState], draw: float) -> ReplicaState
     return a if outstanding(a) <= outstanding(b) else b
 
 
+def goes_on(request: RouteRequest, num_blocks: int) -> bool:
+    """Whether blocks cannot tell who was sent the longest common prefix: the prompt goes on after `num_blocks` of them.
+
+    The trees of other routers go on to the letter, where prompts that part after the same block still share a few by
+    chance: of replicas that are equal in blocks one wins there, and nearly always one alone. In blocks that is luck.
+    """
+    return request.block_tokens > 1 and num_blocks * request.block_tokens < request.num_prompt_tokens
+
+
 def _replica_id(replica: ReplicaState) -> str:
     return replica.replica_id
 

@@ -13,6 +13,7 @@ from gateway.admission import Admission
 from gateway.decisions import DecisionLog
 from gateway.dispatch import FleetDispatcher
 from gateway.fleet import Fleet
+from gateway.matching import matching
 from gateway.router import Router
 from gateway.slot import Link, LinkEvents, Surroundings
 from gateway.types import Job, Tenant
@@ -106,6 +107,9 @@ class ScriptedLink:
         self.replica_id = replica_id
         self.facts = facts
         self.stats = STATS
+        self.num_opened = 0
+        self.num_counted: int | None = None
+        self.turn = 0
         self.alive = True
         self.closed = False
         self.sources: list[ScriptedSource] = []
@@ -115,6 +119,7 @@ class ScriptedLink:
     def open(self, request: GenerateRequest) -> ScriptedSource:
         if not self.alive:
             raise LinkLostError(self.replica_id, "scripted")
+        self.num_opened += 1
         self.sources.append(ScriptedSource(request))
         return self.sources[-1]
 
@@ -156,9 +161,9 @@ class World:
         self.unreachable: set[str] = set()
         self.num_connects = 0
         self.fleet = Fleet(self.config, self._connect, PrefixIndex(10_000), around)
-        self.admission = Admission(self.config.admission, self.fleet, self.clock, self.metrics)
-        self.fleet.subscribe(self.admission.pump)
         self.router = Router(self.fleet, self.config.routing, around, DecisionLog("wg", self.clock))
+        self.admission = Admission(self.config.admission, self.fleet, around, matching(self.config, self.router))
+        self.fleet.subscribe(self.admission.pump)
         self.dispatcher = FleetDispatcher(self.fleet, self.admission, self.router, around)
 
     def clock(self) -> float:

@@ -13,15 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.schema import AdmissionConfig, ModelConfig
-from gateway.admission import NO_REPLICA_S, Admission, Ticket
+from gateway.admission import Admission
 from gateway.errors import ApiError, DeadlineError, QueueFullError, UnavailableError
 from gateway.fair_queue import FIRST_MEAN_OUTPUT, INPUT_WEIGHT, OUTPUT_WEIGHT, Charge, FairQueue
+from gateway.line import NO_REPLICA_S
+from gateway.slot import Surroundings
+from gateway.ticket import Ticket
 from gateway.types import Job, Tenant
 from ops.metrics import Metrics
 from replicas.contract import SamplingParams
+from routing.types import RouteRequest
 
 MODEL = ModelConfig(id="m", source="sim:bytes")
 OTHER = ModelConfig(id="other", source="sim:bytes")
+ROUTE = RouteRequest("r", "m", None, (), 64, 100, 64)
 _ids = count()
 
 
@@ -66,7 +71,8 @@ class Desk:
         self.now = 1000.0
         self.places = Places({"m": free, "other": free})
         self.metrics = Metrics()
-        self.admission = Admission(AdmissionConfig(**limits), self.places, lambda: self.now, self.metrics)  # type: ignore[arg-type]
+        around = Surroundings(lambda: self.now, Random(1), self.metrics)
+        self.admission = Admission(AdmissionConfig(**limits), self.places, around)  # type: ignore[arg-type]
         self.order: list[str] = []
         self.tasks: list[asyncio.Task[Ticket]] = []
 
@@ -74,7 +80,7 @@ class Desk:
         """A task that waits for its ticket, and has begun to."""
 
         async def wait() -> Ticket:
-            ticket = await self.admission.acquire(asked, asked.num_prompt_tokens)
+            ticket = await self.admission.acquire(asked, ROUTE, asked.num_prompt_tokens)
             self.order.append(asked.tenant.tenant_id)
             return ticket
 
@@ -110,7 +116,7 @@ class Desk:
 
 async def test_a_free_place_is_given_at_once() -> None:
     desk = Desk(free=1)
-    with await desk.admission.acquire(job(), 100) as ticket:
+    with await desk.admission.acquire(job(), ROUTE, 100) as ticket:
         assert ticket.waited_s == 0.0
         assert desk.admission.num_unplaced == 1
     await desk.finish()
@@ -140,7 +146,7 @@ async def test_one_models_backlog_never_stands_before_another_model() -> None:
     desk = Desk()
     desk.places.free["other"] = 1
     stuck = await desk.ask(job())
-    with await desk.admission.acquire(job(model=OTHER), 100):
+    with await desk.admission.acquire(job(model=OTHER), ROUTE, 100):
         assert not stuck.done()
     await desk.finish()
 
@@ -151,7 +157,7 @@ async def test_a_full_queue_refuses_at_once_and_says_when_to_come_back() -> None
         for _ in range(2):
             await desk.ask(job(num_bytes=100))
         with pytest.raises(QueueFullError) as refused:
-            await desk.admission.acquire(job(num_bytes=100), 100)
+            await desk.admission.acquire(job(num_bytes=100), ROUTE, 100)
         assert refused.value.status == 429
         assert int(refused.value.headers()["retry-after"]) >= 1
         desk.admission.check()
@@ -167,7 +173,7 @@ async def test_retry_after_is_the_backlog_over_the_rate_it_has_been_leaving_at()
     for _ in range(10):
         await desk.ask(job())
     with pytest.raises(QueueFullError) as refused:
-        await desk.admission.acquire(job(), 100)
+        await desk.admission.acquire(job(), ROUTE, 100)
     assert refused.value.retry_after_s == pytest.approx(10.0, rel=0.3)
     await desk.finish()
 
@@ -176,7 +182,7 @@ async def test_a_flood_of_one_tenant_does_not_keep_another_out() -> None:
     desk = Desk(max_queued=10)
     flood = [await desk.ask(job("flood")) for _ in range(10)]
     with pytest.raises(QueueFullError):
-        await desk.admission.acquire(job("flood"), 100)
+        await desk.admission.acquire(job("flood"), ROUTE, 100)
     others = [await desk.ask(job("quiet")) for _ in range(7)]
     await asyncio.sleep(0)
     assert [task.done() for task in flood] == [False] * 5 + [True] * 5, "the newest go, to an equal share"
@@ -247,12 +253,12 @@ async def test_the_more_urgent_band_goes_first_and_tenants_share_within_it() -> 
 
 async def test_a_tag_is_the_tenants_virtual_time_before_its_job() -> None:
     desk = Desk(free=10)
-    first = await desk.admission.acquire(job(num_tokens=100), 40)
-    second = await desk.admission.acquire(job(num_tokens=100), 40)
+    first = await desk.admission.acquire(job(num_tokens=100), ROUTE, 40)
+    second = await desk.admission.acquire(job(num_tokens=100), ROUTE, 40)
     assert (first.fair_tag, second.fair_tag) == (0.0, INPUT_WEIGHT * 40 + OUTPUT_WEIGHT * 64)
     first.served(10, 3)
     first.close()
-    third = await desk.admission.acquire(job(num_tokens=100), 40)
+    third = await desk.admission.acquire(job(num_tokens=100), ROUTE, 40)
     assert third.fair_tag == pytest.approx(second.fair_tag + 10 + OUTPUT_WEIGHT * 3)
     for ticket in (second, third):
         ticket.close()
@@ -262,7 +268,7 @@ async def test_a_tag_is_the_tenants_virtual_time_before_its_job() -> None:
 async def test_a_ticket_closed_without_service_costs_nothing() -> None:
     desk = Desk(free=1)
     for _ in range(3):
-        with await desk.admission.acquire(job(), 100) as ticket:
+        with await desk.admission.acquire(job(), ROUTE, 100) as ticket:
             assert ticket.fair_tag == 0.0
     await desk.finish()
 
@@ -290,12 +296,12 @@ async def test_who_waits_too_long_is_told_so() -> None:
 
 async def test_the_timer_ends_a_wait_by_itself() -> None:
     clock = asyncio.get_running_loop().time
-    admission = Admission(AdmissionConfig(max_wait_s=0.05), Places({"m": 0}), clock, Metrics())
+    admission = Admission(AdmissionConfig(max_wait_s=0.05), Places({"m": 0}), Surroundings(clock, Random(1), Metrics()))
     began = clock()
     with pytest.raises(QueueFullError):
-        await admission.acquire(job(), 100)
+        await admission.acquire(job(), ROUTE, 100)
     with pytest.raises(DeadlineError):
-        await admission.acquire(job(deadline=clock() + 0.01), 100)
+        await admission.acquire(job(deadline=clock() + 0.01), ROUTE, 100)
     assert clock() - began < 1.0
     admission.check()
     assert admission.num_waiting == 0
@@ -395,7 +401,7 @@ def test_no_credit_leaks_whatever_is_cancelled_and_when(history: list[tuple[str,
         for action, what, amount in history:
             tickets = [t.result() for t in desk.tasks if t.done() and not t.cancelled() and t.exception() is None]
             if action == "ask":
-                desk.tasks.append(asyncio.create_task(desk.admission.acquire(job(str(what), amount), amount)))
+                desk.tasks.append(asyncio.create_task(desk.admission.acquire(job(str(what), amount), ROUTE, amount)))
             elif action == "cancel" and desk.tasks:
                 desk.tasks[int(str(what)) % len(desk.tasks)].cancel()
             elif action == "free":

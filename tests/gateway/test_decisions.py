@@ -19,7 +19,7 @@ def request(job_id: str = f"{OWN}-0", tenant: str = "t", adapter: str | None = N
 
 def decision(winner: str | None = "a", num_candidates: int = 2) -> Decision:
     names = "abcdefgh"[:num_candidates]
-    candidates = (Candidate(names[0], 64, {"queue": 0.25, "prefill": 0.5}),
+    candidates = (Candidate(names[0], 64, (0.25, 0.5)),
                   *(Candidate(name, filtered="full") for name in names[1:]))  # fmt: skip
     return Decision("r", "warm", winner, candidates, "because")
 

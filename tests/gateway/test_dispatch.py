@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from gateway import admission as admission_module
 from gateway import dispatch as dispatch_module
+from gateway import line as line_module
 from gateway.dispatch import JobStream
 from gateway.errors import (
     ApiError,
@@ -278,7 +278,7 @@ async def test_a_job_for_a_model_without_replicas_starts_when_one_appears() -> N
 async def test_a_job_for_a_model_without_replicas_is_refused_in_the_end() -> None:
     world = World()
     reader = await begin(world)
-    world.now += admission_module.NO_REPLICA_S
+    world.now += line_module.NO_REPLICA_S
     world.admission.expire()
     with pytest.raises(UnavailableError) as refused:
         await reader.task

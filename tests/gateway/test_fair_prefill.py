@@ -34,12 +34,14 @@ class Backlog:
 class Bench:
     """Two tenants that always have jobs waiting, the real fair queue, the real scheduler, `MAX_AHEAD` let out ahead.
 
-    `tags`: whether the engine hears of the fair tags.
+    `tags`: whether the engine hears of the fair tags; `tag_weights`: whether it hears of the tenants' weights.
     """
 
     sizes: dict[str, int]
     max_tokens: int
     tags: bool = True
+    weights: dict[str, float] = field(default_factory=dict)
+    tag_weights: bool = True
     now: VirtualClock = field(default_factory=lambda: VirtualClock(0.0))
     served: dict[str, float] = field(default_factory=dict)
     history: list[float] = field(default_factory=list)
@@ -62,7 +64,14 @@ class Bench:
         self.num_jobs += 1
         length = self.rng.randint(self.sizes[tenant_id] // 2, self.sizes[tenant_id])
         sampling = SamplingParams(max_tokens=self.max_tokens, seed=0)
-        job = Job(f"r{self.num_jobs}", MODEL, Tenant(tenant_id, b""), pack_tokens([1] * length), sampling, b"")
+        job = Job(
+            f"r{self.num_jobs}",
+            MODEL,
+            Tenant(tenant_id, b"", self.weight(tenant_id)),
+            pack_tokens([1] * length),
+            sampling,
+            b"",
+        )
         self.queue.push(Backlog(job, length))
 
     def execute(self, plan: Plan) -> StepResult:
@@ -82,7 +91,8 @@ class Bench:
             salt = waiting.job.request_id.encode()  # nothing in common with anybody
             self.core.add(
                 make_request(waiting.job.request_id, [1] * waiting.num_uncached, max_tokens=self.max_tokens, salt=salt,
-                             tenant=waiting.job.tenant.tenant_id, fair_tag=charge.tag if self.tags else 0.0)
+                             tenant=waiting.job.tenant.tenant_id, fair_tag=charge.tag if self.tags else 0.0,
+                             fair_weight=charge.weight if self.tag_weights else 1.0)
             )  # fmt: skip
         for delta in self.core.step():
             if delta.finish_reason is not None:
@@ -90,19 +100,23 @@ class Bench:
                 self.queue.settle(charge, waiting.num_uncached, self.max_tokens)
         if len(self.history) % 100 == 0:
             scheduler.check()
-        one, other = self.served.values()
+        one, other = (served / self.weight(tenant_id) for tenant_id, served in self.served.items())
         self.history.append(one - other)
+
+    def weight(self, tenant_id: str) -> float:
+        return self.weights.get(tenant_id, 1.0)
 
     @property
     def widest(self) -> float:
-        """The most by which one tenant was served more than the other over any interval."""
+        """The most by which one tenant was served more than the other, for its weight, over any interval."""
         return max(self.history) - min(self.history)
 
     @property
     def bound(self) -> float:
-        """Twice the larger of the longest prompt and the output tokens in flight, weighted."""
-        longest = INPUT_WEIGHT * max(self.sizes.values())
-        return 2 * max(longest, OUTPUT_WEIGHT * (NUM_PLACES + MAX_AHEAD) * self.max_tokens)
+        """Twice the larger of the longest prompt and the output tokens in flight, weighted; per unit of weight."""
+        longest = max(INPUT_WEIGHT * size / self.weight(tenant_id) for tenant_id, size in self.sizes.items())
+        in_flight = OUTPUT_WEIGHT * (NUM_PLACES + MAX_AHEAD) * self.max_tokens
+        return 2 * max(longest, in_flight / min(map(self.weight, self.sizes)))
 
 
 @pytest.mark.parametrize(
@@ -133,3 +147,30 @@ def test_without_tags_short_prompts_would_take_more_than_their_share_for_a_while
         for _ in range(4000):
             bench.step()
     assert benches[0].widest < benches[0].bound < benches[1].widest
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights"),
+    [
+        ({"chat": 1000, "books": 2000}, {"books": 4.0}),
+        ({"chat": 1000, "books": 2000}, {"chat": 4.0}),
+        ({"chat": 2000, "books": 2000}, {"chat": 2.0, "books": 0.5}),
+    ],
+)
+def test_tenants_of_different_weight_stay_within_the_bound_for_their_weights(
+    sizes: dict[str, int], weights: dict[str, float]
+) -> None:
+    bench = Bench(sizes, 1, weights=weights)
+    for _ in range(4000):
+        bench.step()
+    assert min(bench.served.values()) > 5 * max(sizes.values()), "both were served all along"
+    assert bench.widest <= bench.bound
+
+
+def test_finish_tags_without_weights_would_hold_the_heavier_tenant_back() -> None:
+    """A heavy tenant's long prompt adds little to its virtual time: short ones of a light tenant may not all pass."""
+    benches = [Bench({"chat": 64, "books": 2000}, 1, weights={"books": 8.0}, tag_weights=w) for w in (True, False)]
+    for bench in benches:
+        for _ in range(3000):
+            bench.step()
+    assert benches[0].widest <= benches[0].bound < benches[1].widest

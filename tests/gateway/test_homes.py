@@ -11,7 +11,7 @@ from gateway.asked import AskedAdapters
 from gateway.homes import AdapterHomes
 from replicas.contract import EngineStats
 from routing.types import ReplicaState, RouteRequest
-from tests.gateway.links import FACTS, World, job
+from tests.gateway.links import FACTS, World, job, settle
 from tests.gateway.scripted import Clock
 
 
@@ -59,6 +59,16 @@ async def test_two_ingresses_send_an_unknown_adapter_to_the_same_home() -> None:
     assert one.of(asked(None)) == ()
 
 
+def test_an_adapter_nobody_placed_yet_goes_where_a_slot_is_free() -> None:
+    full = ("b@1", "c@1", "d@1", "e@1")
+    unlimited = AdapterHomes(lambda model_id: states("r1", "r2", "r3"), Clock())
+    favourites = {name: unlimited.of(asked(name)) for name in (f"a{i}@1" for i in range(20))}
+    crowded = AdapterHomes(lambda model_id: states("r1", "r2", "r3", r1=full, r2=full), Clock())
+    assert {crowded.of(asked(name)) for name in favourites} == {("r3",)}
+    packed = AdapterHomes(lambda model_id: states("r1", "r2", "r3", r1=full, r2=full, r3=full), Clock())
+    assert {name: packed.of(asked(name)) for name in favourites} == favourites, "somebody has to make room"
+
+
 async def test_homes_follow_demand_and_stay_where_the_adapter_lives() -> None:
     fleet = states("r1", "r2", "r3", "r4", r3=("hot@1",))
     homes = AdapterHomes(lambda model_id: fleet, Clock())
@@ -104,20 +114,24 @@ async def test_a_replica_that_leaves_is_nobody_s_home_after_the_next_placing() -
     assert homes.of(asked("a@1")) == ("r2",)
 
 
+@pytest.mark.parametrize("look_ahead", [0, 8])
 @pytest.mark.parametrize(("num_free", "resident", "expected"), [(0, (), 1), (0, ("lora@1",), 0), (4, (), 0)])
 async def test_a_request_that_must_wait_has_its_adapter_fetched_once_unless_somebody_has_it(
-    num_free: int, resident: tuple[str, ...], expected: int
+    num_free: int, resident: tuple[str, ...], expected: int, look_ahead: int
 ) -> None:
-    world = World(max_ahead_per_replica=4)
+    world = World(max_ahead_per_replica=4, look_ahead=look_ahead)
     world.facts = {name: msgspec.structs.replace(FACTS, max_adapters=2) for name in "ab"}
     links = await world.replicas("a", "b")
     for link in links:
         link.push(num_waiting=4 - num_free, num_running=4, adapters=resident)
-    request = world.router.request(job(adapter="lora@1"))
-    for _ in range(3):
-        world.router.prefetch(request)
-    world.router.prefetch(world.router.request(job()))
+    asked = [job(f"r{i}", adapter="lora@1") for i in range(3)]
+    streams = [world.dispatcher.generate(each) for each in (*asked, job("plain"))]
+    tasks = [asyncio.create_task(stream.first()) for stream in streams]
+    await settle()
     assert [name for link in links for name in link.prefetched] == ["lora@1"] * expected
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
     await world.close()
 
 

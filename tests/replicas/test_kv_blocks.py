@@ -59,6 +59,7 @@ def test_a_routing_block_is_gone_with_any_of_its_engine_blocks(evicted: int) -> 
     blocks.apply([BlocksEvicted(1, (evicted,))])
     first, second = hashes(range(1, 9))
     assert set(blocks.held) == {second}, "what comes after is there still, behind the hole"
+    assert blocks.gaps
     assert blocks.take_changes() == {first: False}
     blocks.check()
 
@@ -127,6 +128,26 @@ def test_memory_is_bounded_whatever_the_engine_claims() -> None:
     assert blocks.num_engine_blocks == 100
     assert len(blocks.held) == 50
     blocks.check()
+
+
+def test_tails_that_go_first_leave_no_gaps_in_whatever_order_one_event_names_them() -> None:
+    blocks = follow()
+    blocks.apply([stored(0, [10, 11, 12, 13], None, range(1, 9)), stored(1, [20, 21], 11, [6, 6, 6, 6])])
+    blocks.apply([BlocksEvicted(2, (12, 13)), BlocksEvicted(3, (21,)), BlocksEvicted(4, (20,))])
+    assert not blocks.gaps
+    assert tuple(blocks.held) == hashes([1, 2, 3, 4])
+    blocks.apply([stored(5, [12], 11, [5, 6]), BlocksEvicted(6, (11,))])
+    assert blocks.gaps
+    blocks.apply([BlocksEvicted(7, (12,))])
+    assert blocks.gaps, "who does it once may do it again"
+    blocks.apply([CacheCleared(8)])
+    assert not blocks.gaps
+
+
+def test_a_block_that_is_stored_anew_under_the_same_id_leaves_those_that_followed_it_alone() -> None:
+    blocks = follow()
+    blocks.apply([stored(0, [10, 11], None, [1, 2, 3, 4]), stored(1, [10], None, [9, 9])])
+    assert blocks.gaps
 
 
 class Naive:
@@ -206,6 +227,7 @@ def test_the_pools_events_translate_like_a_recomputation(
         for block, is_held in blocks.take_changes().items():
             known.add(block) if is_held else known.discard(block)
         assert known == set(blocks.held)
+        assert not blocks.gaps, "tails go first"
 
 
 moves = st.lists(st.one_of(st.tuples(st.integers(0, 30), st.integers(0, 3)), st.integers(0, 30)), max_size=40)
@@ -234,6 +256,8 @@ def test_eviction_in_any_order_translates_like_a_recomputation(
         blocks.apply(events)
         blocks.check()
         assert set(blocks.held) == naive.whole(block_tokens)
+        alive_parents = (parent is None or parent in naive.blocks for parent, _, _ in naive.blocks.values())
+        assert blocks.gaps or all(alive_parents)
     blocks.apply([BlocksEvicted(seq, tuple(naive.blocks))])
     assert not blocks.held
     blocks.check()

@@ -11,9 +11,9 @@ import pytest
 from replicas.engine.block_pool import BlockPool
 from replicas.engine.core import EngineCore
 from replicas.engine.order import OrderName, Pace, not_before, shortest
-from replicas.engine.rates import PromptScale
 from replicas.engine.scheduler import Scheduler, SchedulerConfig
 from replicas.engine.sequence import Plan, Sampled, StepResult
+from routing.ageing import PromptScale
 from routing.waiting import LONG_SHARE, STRETCH
 from tests.replicas.engine_kit import Kit, VirtualClock, make_kit, make_request
 

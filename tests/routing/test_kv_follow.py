@@ -31,7 +31,12 @@ def follower() -> Follower:
 
 def entry(number: int, stored: list[int], evicted: list[int] = [], **other: int) -> tuple[bytes, dict[bytes, bytes]]:  # noqa: B006
     batch = KvBatch(
-        pack_hashes(stored), pack_hashes(evicted), other.get("kv_seq", number), bool(other.get("resync")), 0
+        pack_hashes(stored),
+        pack_hashes(evicted),
+        other.get("kv_seq", number),
+        bool(other.get("resync")),
+        0,
+        bool(other.get("gaps")),
     )
     place = other.get("epoch", EPOCH)
     return entry_id(place, number).encode(), {FIELD: encode_batch(batch, place, number)}
@@ -102,6 +107,23 @@ def test_a_snapshot_and_the_entries_since_are_what_is_held() -> None:
     one = follower()
     assert one.restore(snapshot(5, [1, 2, 3]), [entry(6, [4], evicted=[2]), entry(7, [2])]) == [1, 3, 4, 2]
     assert one.position == f"{EPOCH}-7"
+
+
+def test_gaps_that_a_publisher_admits_are_looked_for() -> None:
+    index, one = exact_index(), follower()
+    index.vouch("r")
+    one.take([entry(1, list(range(64)))], index)
+    one.take([entry(2, [], evicted=[20], gaps=1)], index)
+    assert index.match(list(range(64))) == {"r": 20}
+    assert one.gaps
+    one.restore(snapshot(5, [1, 2, 3]), [entry(6, [4])])
+    assert not one.gaps, "it began anew"
+    one.restore(snapshot(7, [1, 2, 3]), [entry(8, [4], gaps=1), entry(9, [5])])
+    assert one.gaps
+    raw = encode_snapshot(KvSnapshot(EPOCH, 1, 1, 64, b"", 0, True))
+    assert decode_snapshot(raw).gaps
+    with pytest.raises(ValueError):
+        decode_snapshot(raw.replace(b"\xc3", b"\xc2"))
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ async def test_every_ingress_knows_what_every_replica_holds(store: Store) -> Non
         await ingress.heal(*replicas)
         assert ingress.agrees(*P)
         assert ingress.index.match(hashes(P[8])) == {"b": 10}
+        assert not any(map(ingress.index.may_have_gaps, "abcd")), "the pools' publishers vouch for them"
 
 
 async def test_changes_arrive_in_one_round_trip_and_one_round(store: Store) -> None:

@@ -27,24 +27,6 @@ def test_a_prompt_matches_as_far_as_it_was_sent() -> None:
     assert sent.held_blocks() == {"a": 4, "b": 3}
 
 
-def test_among_equals_the_one_that_was_sent_the_block_first_comes_first() -> None:
-    for order in ("abc", "cab", "bca"):
-        sent = mirror(a=100, b=100, c=100)
-        for replica_id in order:
-            sent.insert(replica_id, (1, 2))
-        assert next(iter(sent.match((1, 2, 3)))) == order[0]
-        assert next(iter(sent.match((1, 2)))) == order[0]
-
-
-def test_when_the_first_forgets_a_block_another_that_was_sent_it_is_first() -> None:
-    sent = mirror(a=2, b=100)
-    sent.insert("a", (1, 2))
-    sent.insert("b", (1, 2))
-    sent.insert("a", (8, 9))
-    assert sent.match((1, 2)) == {"b": 2}
-    sent.check()
-
-
 def test_beyond_its_bound_a_replica_forgets_the_tail_of_its_oldest_prompt() -> None:
     sent = mirror(a=5)
     sent.insert("a", (1, 2, 3))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from routing.placement import (
     MAX_OVER_MEAN,
+    MAX_STRAY_S,
     PRIOR_LOAD_S,
     STRAY_LOADS,
     STRAY_USES,
@@ -71,8 +72,10 @@ def test_waiting_for_an_adapter_is_nothing_what_is_left_or_queue_and_load(
         (asked(None), replica(adapter_load_s=1.0), ("r5",), 0.0),
         (asked(), replica(adapter_load_s=1.0), (), 0.0),
         (asked(), replica(adapter_load_s=1.0), ("r5", "r0"), 0.0),
-        (asked(), replica(adapter_load_s=0.5), ("r5",), STRAY_LOADS * 0.5),
-        (asked(rank=16), replica(adapter_load_s=0.5), ("r5",), STRAY_LOADS * 1.0),
+        (asked(), replica(adapter_load_s=0.05), ("r5",), STRAY_LOADS * 0.05),
+        (asked(rank=4), replica(adapter_load_s=0.05), ("r5",), STRAY_LOADS * 0.025),
+        (asked(), replica(adapter_load_s=0.5), ("r5",), MAX_STRAY_S),
+        (asked(rank=32), replica(adapter_load_s=0.5), ("r5",), 2.0),
         (asked(), replica(adapter_load_s=0.5, adapters=("a@1",)), ("r5",), STRAY_USES * 0.5),
     ],
 )

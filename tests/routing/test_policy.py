@@ -11,7 +11,7 @@ from routing.baselines.round_robin import round_robin
 from routing.policies import POLICIES
 from routing.policy import TOO_LONG
 from routing.types import Decision, ReplicaState, RouteRequest, Snapshot
-from routing.waiting import merged
+from routing.waiting import merged, pending_of
 from routing.warm import warm
 
 
@@ -182,7 +182,7 @@ def test_a_fully_cached_prompt_still_computes_its_last_token() -> None:
 
 def shortest(replica_id: str, *sizes: int, **changes: object) -> ReplicaState:
     """A replica that prefills the shortest first, with prompts of these sizes pending."""
-    waiting = {"waiting_sizes": merged((), sizes), "num_waiting": len(sizes), "num_waiting_tokens": sum(sizes)}
+    waiting = {"pending": pending_of(merged((), sizes)), "num_waiting": len(sizes), "num_waiting_tokens": sum(sizes)}
     return replica(replica_id, prefill_order="shortest", **(waiting | changes))
 
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
+from itertools import pairwise
 
 import pytest
 
 from replicas.engine.order import Pace, shortest
-from replicas.engine.rates import PromptScale
-from routing.waiting import LONG_SHARE, STRETCH, Sizes, bucket_of, merged, num_behind, tokens_before
+from routing.ageing import PromptScale
+from routing.waiting import LONG_SHARE, STRETCH, Pending, Sizes, bucket_of, merged, pending_of
 
 RATE = 1000.0
 
 
-def sizes_of(*prompts: int) -> Sizes:
-    return merged((), prompts)
+def pending(*prompts: int) -> Pending:
+    return pending_of(merged((), prompts))
 
 
 def test_a_prompt_is_counted_in_the_bucket_of_its_power_of_two() -> None:
@@ -26,47 +27,66 @@ def test_a_prompt_is_counted_in_the_bucket_of_its_power_of_two() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pending", "own", "order", "before", "behind"),
+    ("sizes", "own", "before", "behind"),
     [
-        ((), 100, "shortest", 0, 0),
-        ((), 100, "fcfs", 0, 0),
-        ((100, 900, 9000), 500, "fcfs", 10000, 0),
-        ((100, 900, 9000), 500, "deadline", 10000, 0),
-        ((100, 900, 9000), 500, "an order of vLLM's", 10000, 0),
+        ((), 100, 0, 0),
         # Far shorter than the only one pending, which cannot have waited long: it is overtaken.
-        ((9000,), 100, "shortest", 0, 1),
+        ((9000,), 100, 0, 1),
         # Not shorter than anybody.
-        ((100, 200, 300), 9000, "shortest", 600, 0),
+        ((100, 200, 300), 9000, 600, 0),
         # Longer ones are alike from a share of the scale on: first come, first served.
-        ((8000, 8000), 6000, "shortest", 16000, 0),
+        ((8000, 8000), 6000, 16000, 0),
         # Shorter ones go first, the long one waits.
-        ((100, 100, 9000), 500, "shortest", 200, 1),
+        ((100, 100, 9000), 500, 200, 1),
     ],
 )
-def test_the_order_says_who_goes_before(
-    pending: tuple[int, ...], own: int, order: str, before: float, behind: float
-) -> None:
-    assert tokens_before(sizes_of(*pending), own, order) == pytest.approx(before)
-    assert num_behind(sizes_of(*pending), own, order) == pytest.approx(behind)
+def test_shorter_ones_and_those_alike_go_before(sizes: tuple[int, ...], own: int, before: float, behind: float) -> None:
+    assert pending(*sizes).ahead_and_behind(own) == pytest.approx((before, behind))
 
 
 def test_in_a_long_queue_the_older_of_the_longer_prompts_go_first() -> None:
-    pending = sizes_of(*[2000] * 20)
     too_young = STRETCH * (LONG_SHARE * 2000 - 500) / 40000
-    assert tokens_before(pending, 500, "shortest") == pytest.approx(40000 * (1 - too_young))
-    assert num_behind(pending, 500, "shortest") == pytest.approx(20 * too_young)
+    expected = 40000 * (1 - too_young), 20 * too_young
+    assert pending(*[2000] * 20).ahead_and_behind(500) == pytest.approx(expected)
+
+
+def one_by_one(sizes: Sizes, own: float) -> tuple[float, float]:
+    """The rule of `Pending.ahead_and_behind`, bucket by bucket."""
+    buckets = [(number, tokens) for number, tokens in sizes if number]
+    total = sum(tokens for _, tokens in buckets)
+    if not total:
+        return 0.0, 0.0
+    alike = LONG_SHARE * sum(tokens * tokens / number for number, tokens in buckets) / total
+    ahead = behind = 0.0
+    for number, tokens in buckets:
+        longer_by = min(tokens / number, alike) - min(own, alike)
+        too_young = min(1.0, max(0.0, longer_by * STRETCH / total))
+        ahead += tokens * (1 - too_young)
+        behind += number * too_young
+    return ahead, behind
+
+
+def test_two_bisections_find_what_a_look_at_every_bucket_finds() -> None:
+    rng = random.Random(5)
+    for _ in range(2000):
+        sizes = [int(2 ** rng.uniform(0, rng.uniform(1, 17))) for _ in range(rng.randrange(60))]
+        own = int(2 ** rng.uniform(0, 17))
+        found = pending(*sizes).ahead_and_behind(own)
+        assert found == pytest.approx(one_by_one(merged((), sizes), own), rel=1e-9, abs=1e-6)
 
 
 def test_more_pending_work_never_means_less_before_one_and_a_longer_prompt_never_less() -> None:
     rng = random.Random(2)
     for _ in range(300):
-        pending = sizes_of(*(rng.randrange(1, 20000) for _ in range(rng.randrange(1, 30))))
+        sizes = [rng.randrange(1, 20000) for _ in range(rng.randrange(1, 30))]
         own = sorted(rng.randrange(1, 20000) for _ in range(5))
-        before = [tokens_before(pending, n, "shortest") for n in own]
-        behind = [num_behind(pending, n, "shortest") for n in own]
-        assert before == sorted(before) and behind == sorted(behind, reverse=True)
-        assert before[0] >= 0 and before[-1] <= sum(t for _, t in pending) + 1e-6
-        assert behind[0] <= sum(n for n, _ in pending) + 1e-6
+        before, behind = zip(*map(pending(*sizes).ahead_and_behind, own), strict=True)
+        for less, more in pairwise(before):
+            assert less <= more + 1e-6
+        for more, less in pairwise(behind):
+            assert less <= more + 1e-6
+        assert before[0] >= -1e-6 and before[-1] <= sum(sizes) + 1e-6
+        assert behind[-1] >= -1e-6 and behind[0] <= len(sizes) + 1e-6
 
 
 class Queued:
@@ -94,11 +114,10 @@ def replay(sizes: Iterable[int], utilisation: float, rng: random.Random) -> list
             scale.observe(size)
             due = shortest(Queued(), at, size, Pace(RATE, scale.tokens))
             if queue:
-                pending = sizes_of(*(left for _, _, (left,) in queue))
                 before = sum(left for other, _, (left,) in queue if other <= due)
                 behind = sum(other > due for other, _, _ in queue)
-                found.append((before, tokens_before(pending, size, "shortest"),
-                              behind, num_behind(pending, size, "shortest")))  # fmt: skip
+                ahead, waiting = pending(*(left for _, _, (left,) in queue)).ahead_and_behind(size)
+                found.append((before, ahead, behind, waiting))
             heappush(queue, (due, i, [size]))
             i += 1
         key, number, left = heappop(queue)

@@ -6,9 +6,11 @@ from random import Random
 
 import pytest
 
-from ops.bench.adapter_model import Simulation, World, arrivals, by_cost, least_outstanding, pooled_lru
+from ops.bench.adapter_model import Simulation, World, arrivals, by_cost, least_outstanding, pooled_lru, unqueued_p99_s
 from ops.bench.adapters import LEAST, OURS, Grid, run
 from ops.bench.harness import Plan
+
+CHOICES = (by_cost, least_outstanding)
 
 
 def naive_lru_misses(adapters: list[int], capacity: int) -> int:
@@ -44,7 +46,15 @@ def test_adapters_are_asked_for_by_their_rank_and_work_comes_at_the_load() -> No
     assert load == pytest.approx(world.load, rel=0.05)
 
 
-@pytest.mark.parametrize("choose", [by_cost, least_outstanding])
+def test_without_any_waiting_a_first_token_takes_its_own_load_and_its_own_prefill() -> None:
+    world = World(40, 1.0, 2, num_replicas=4, prefill_s=0.05)
+    requests = arrivals(world, 2_000, seed=3)
+    floor_s = unqueued_p99_s(world, requests, 500, seed=3)
+    assert 0.3 < floor_s < 0.5 + 0.3, "loads are 50 to 500 ms, one prefill in a hundred is 230 ms"
+    assert all(floor_s <= Simulation(world, choose, 3).run(requests, 500).ttft_p99_s for choose in CHOICES)
+
+
+@pytest.mark.parametrize("choose", CHOICES)
 def test_every_request_gets_its_first_token_and_the_same_seed_gives_the_same_run(choose: object) -> None:
     assert callable(choose)
     world = World(60, 1.0, 4, num_replicas=3)
@@ -76,6 +86,6 @@ def test_under_load_a_router_that_knows_adapters_halves_the_tail() -> None:
 async def test_the_report_has_every_cell_with_its_goal() -> None:
     grid = Grid((100, 500), (8,), (0.5,), 600)
     report = await run(grid, Plan(2, 0), lambda words: None)
-    assert report.num_repeats == 2 and len(report.ratios) == 6 + 3
-    assert {str(ratio.goal) for ratio in report.ratios} == {"≤ 1.05", "≤ 0.5"}
+    assert report.num_repeats == 2 and len(report.ratios) == 2 * 6 + 2 * 3
+    assert {str(ratio.goal) for ratio in report.ratios} == {"≤ 1.05", "≤ 1.15", "≤ 0.5", "None"}
     assert len(report.samples.metrics(OURS)) == 2 * 6 + 3 and len(report.samples.metrics(LEAST)) == 3

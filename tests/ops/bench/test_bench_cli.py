@@ -71,7 +71,7 @@ def test_help_lists_the_benchmarks() -> None:
     result = bench("--help")
     assert result.exit_code == 0
     listed = result.output.partition("Commands:")[2]
-    assert re.findall(r"^  (\S+)  ", listed, re.MULTILINE) == ["adapters", "engine", "gateway", "kv", "routing"]
+    assert re.findall(r"^  (\S+)  ", listed, re.MULTILINE) == sorted(cli.bench.commands)
 
 
 @pytest.mark.parametrize("benchmark", ["engine", "gateway"])

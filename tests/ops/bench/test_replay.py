@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from ops.bench.replay import Outcome, ReplayRequest, SliceSpec, replay, slice_of, summary, thinned
+from ops.bench.replay import Outcome, replay, summary
+from ops.bench.trace_slice import ReplayRequest, SliceSpec, slice_of, thinned
 from ops.simulate.trace import Trace, TraceRequest
 
 SPEC = SliceSpec(num_requests=10, num_replicas=2, load=0.5, kv_tokens=64_000, scale=8)

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from ops.bench.harness import Goal, Sample, Samples
-from ops.bench.report import Report, describe_machine, package_versions, record
+from ops.bench.report import Report, command_line, describe_machine, package_versions, record
 
 
 def made(num_repeats: int = 5, notes: tuple[str, ...] = ("B is slow",)) -> Report:
@@ -146,3 +146,10 @@ def test_recorded_section_is_what_the_report_says(tmp_path: Path) -> None:
     record(page, "engine", made().markdown())
     assert page.read_text().count("## Engine: a test") == 1
     assert made().markdown() in page.read_text()
+
+
+def test_the_command_of_a_report_names_no_folder_of_this_machine(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("")
+    words = command_line([str(tmp_path / "cli.py"), "bench", "routing", "--trace", str(trace), "--load", "0.5"])
+    assert words == ["warmgate", "bench", "routing", "--trace", "trace.jsonl", "--load", "0.5"]

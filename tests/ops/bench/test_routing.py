@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from ops.bench.harness import Goal, Samples
-from ops.bench.replay import SliceSpec
+from ops.bench.harness import Goal, Sample, Samples
 from ops.bench.rivals.venvs import RivalVenv
-from ops.bench.routing import RIVALS, SIDES, ratios
+from ops.bench.routing import CHOICES, PAIRS, SIDES, luck, ratios
 from ops.bench.routing_sides import ALWAYS_FREE, Workload
+from ops.bench.trace_slice import SliceSpec
 from routing.policies import POLICIES
 
 ROOT = Path(__file__).parents[3]
@@ -38,17 +38,18 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_every_rival_has_a_policy_of_ours_that_restates_it() -> None:
-    for rival in RIVALS:
-        assert rival.partition(":")[2] in POLICIES
-        assert f"warmgate:{rival.partition(':')[2]}" in SIDES
+def test_every_rival_has_a_policy_of_ours_that_restates_it_in_the_same_place() -> None:
+    for rival, ours in PAIRS.items():
+        assert rival.partition(":")[2] == ours.partition(":")[2] in POLICIES
+        assert rival.startswith("ray") == ours.startswith("warmgate-in-ray")
+        assert {rival, ours} <= set(SIDES)
 
 
 def test_a_policy_by_name_sends_everything_at_once_first_come_first_served(trace: Path) -> None:
     workload = Workload.read(trace, SliceSpec(num_requests=12))
     plain, named = workload.profile(None), workload.profile("cache_aware")
     assert named.routing.policy == "cache_aware"
-    assert named.admission.max_ahead_per_replica == ALWAYS_FREE
+    assert (named.admission.max_ahead_per_replica, named.admission.look_ahead) == (ALWAYS_FREE, 0)
     assert named.groups[0].engine.order == "fcfs"
     assert plain.admission.max_ahead_per_replica < 100
     assert plain.groups[0].engine.sim == named.groups[0].engine.sim
@@ -57,20 +58,34 @@ def test_a_policy_by_name_sends_everything_at_once_first_come_first_served(trace
 
 def test_a_rule_and_its_rival_must_agree_within_a_tenth() -> None:
     ours = METRICS | {"TTFT mean s": 1.15}
-    found = ratios(Samples({"warmgate:cache_aware": [ours], "vllm-router:cache_aware": [METRICS]}))
+    rival = METRICS | {CHOICES: 0.93}
+    found = list(ratios(Samples({"warmgate:cache_aware": [ours], "vllm-router:cache_aware": [rival]})))
     assert {r.metric: r.reached for r in found} == {
+        CHOICES: True,
         "TTFT mean s": False,
         "in time %": True,
         "prompt tokens cached %": True,
     }
     assert not Goal.within(0.1).met_by(0.89) and Goal.within(0.1).met_by(0.91)
-    assert ratios(Samples({"warmgate:cache_aware": [ours], "vllm-router:round_robin": [METRICS]})) == []
+    assert list(ratios(Samples({"warmgate:cache_aware": [ours], "warmgate:round_robin": [METRICS]}))) == []
+
+
+def test_a_disagreement_is_told_beside_the_rival_s_with_itself() -> None:
+    rivals: list[Sample] = [METRICS | {CHOICES: 1.0, "TTFT mean s": mean} for mean in (1.0, 1.3, 0.9)]
+    ours: list[Sample] = [METRICS | {"TTFT mean s": mean} for mean in (1.2, 1.5, 1.08)]
+    found = list(ratios(Samples({"warmgate-in-ray:power_of_two": ours, "ray:power_of_two": rivals})))
+    (itself,) = [r for r in found if (r.against, r.metric) == ("itself", "TTFT mean s")]
+    assert (itself.side, round(itself.spread.low, 2), round(itself.spread.high, 2)) == ("ray:power_of_two", 0.69, 1.3)
+    (words,) = luck(found)
+    assert words.startswith("ray:power_of_two, TTFT mean s: 1.2 times")
+    steady: list[Sample] = [METRICS | {CHOICES: 1.0} for _ in ours]
+    assert list(luck(list(ratios(Samples({"warmgate-in-ray:power_of_two": ours, "ray:power_of_two": steady}))))) == []
 
 
 def test_a_figure_that_is_nothing_is_not_divided_by() -> None:
-    nothing = METRICS | {"prompt tokens cached %": 0.0}
+    nothing = METRICS | {"prompt tokens cached %": 0.0, CHOICES: 1.0}
     found = ratios(Samples({"warmgate:round_robin": [METRICS], "vllm-router:round_robin": [nothing]}))
-    assert {r.metric for r in found} == {"TTFT mean s", "in time %"}
+    assert {r.metric for r in found} == {CHOICES, "TTFT mean s", "in time %"}
 
 
 def run(trace: Path, *sides: str) -> dict[str, Any]:
@@ -102,5 +117,7 @@ def test_vllm_router_replays_the_same_slice(trace: Path) -> None:
 @pytest.mark.ray
 def test_ray_serve_replays_the_same_slice(trace: Path) -> None:
     pytest.importorskip("pyarrow", reason="Ray's PrefixCacheAffinityRouter imports it")
-    found = run(trace, "ray:prefix_affinity")
-    assert set(found["sides"]) == {"ray:prefix_affinity"}
+    found = run(trace, "ray:prefix_affinity", "warmgate-in-ray:prefix_affinity")
+    assert set(found["sides"]) == {"ray:prefix_affinity", "warmgate-in-ray:prefix_affinity"}
+    assert found["sides"]["ray:prefix_affinity"][CHOICES]["median"] > 0.6
+    assert {ratio["metric"] for ratio in found["ratios"]} >= {"TTFT mean s", CHOICES}

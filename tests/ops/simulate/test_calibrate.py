@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,18 @@ def test_step_costs_are_found_again_from_what_they_cause() -> None:
     assert found.prefill_tokens_per_s == pytest.approx(5000.0, rel=1e-6)
     assert found.step_base_s == pytest.approx(0.01)
     assert found.step_per_sequence_s == pytest.approx(0.0005)
+    assert found.overhead_s == pytest.approx(0.028), "3 ms, and the usual disturbance: half of one in two"
+
+
+def test_answers_of_several_replicas_share_steps_only_with_those_beside_them() -> None:
+    prompts = [[prompt(512)], [prompt(2048)]]
+    spread = [replace(decode(num), replica=name) for num, name in ((3, "r0"), (2, "r1")) for _ in range(num)]
+    found = fit(MEASURING, prompts, (decode(1), spread))
+    assert found.step_base_s == pytest.approx(0.01)
+    assert found.step_per_sequence_s == pytest.approx(0.0005)
+    assert found.prefill_tokens_per_s == pytest.approx(5000.0, rel=1e-6)
+    lonely = [replace(decode(1), replica=f"r{i}") for i in range(4)]
+    assert fit(MEASURING, prompts, (decode(1), lonely)).step_per_sequence_s == 0.0
 
 
 def test_answers_that_tell_nothing_are_refused() -> None:

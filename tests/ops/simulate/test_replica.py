@@ -93,15 +93,13 @@ def test_what_is_pushed_is_the_state_at_the_end_of_the_last_step() -> None:
     replica = SimReplica(spec, 16)
     step_s = spec.calibration.step_s(1, 100)
     replica.submit(Work(TraceRequest(0.0, 1050, 1), 0), 0.0)
-    assert replica.frame(0.5 * step_s).stats(0.5 * step_s).num_waiting_tokens == 0, (
-        "nothing is pushed before a step ends"
-    )
+    assert replica.frame(0.5 * step_s).stats(0.5 * step_s).num_waiting_tokens == 1050, "what came is told at once"
     stats = replica.frame(3.5 * step_s).stats(3.5 * step_s)
     assert (stats.num_steps, stats.num_waiting_tokens, stats.num_running) == (3, 750, 1)
     assert stats.waiting_sizes[-1] == (1, 750)
     replica.submit(Work(TraceRequest(0.0, 40, 1), 1), 3.6 * step_s)
     stats = replica.frame(3.9 * step_s).stats(3.9 * step_s)
-    assert stats.num_waiting_tokens == 750, "the newcomer is in the push at the end of the step under way"
+    assert stats.num_waiting_tokens == 750 + 40, "the newcomer is told at once"
     stats = replica.frame(4.1 * step_s).stats(4.1 * step_s)
     assert (stats.num_waiting, stats.num_waiting_tokens) == (1, 650 + 40)
 

@@ -28,14 +28,22 @@ UNEVEN = "imbalanced: fewest requests"
         ("vllm", "a196 b130", {"a": 16}, "b", UNEVEN),
         ("sglang", "a163 b130", {"a": 16}, "b", UNEVEN),
         ("vllm", "a9 b3 c3", {}, "b", COLD),  # the first of equals
-        ("vllm", "a9 b3 c3", {"c": 12, "b": 12, "a": 3}, "c", PREFIX),  # who was sent it first
-        ("vllm", "a9 b3 c3", {"b": 12, "c": 12}, "b", PREFIX),
+        ("vllm", "a9 b3 c3", {"c": 12, "a": 3}, "c", PREFIX),
         ("vllm", "a9 b3", {"gone": 16}, "b", COLD),
     ],
 )
 def test_table(defaults: str, loads: str, matched: dict[str, int], winner: str, reason: str) -> None:
     decision = POLICIES[defaults](request(), snapshot(loads, matched_blocks=matched))
     assert (decision.replica_id, decision.reason) == (winner, reason)
+
+
+def test_which_of_several_with_the_longest_prefix_is_luck() -> None:
+    matched = {"c": 12, "b": 12, "a": 3}
+    chosen = [
+        POLICIES["vllm"](request(), snapshot("a9 b3 c3", matched_blocks=matched, draw=draw)).replica_id
+        for draw in (0.0, 0.49, 0.5, 0.99)
+    ]
+    assert chosen == ["b", "b", "c", "c"]
 
 
 def test_the_trees_bound_is_told_in_tokens_of_four_characters() -> None:
