@@ -17,7 +17,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +27,8 @@ from ops import guard, haproxy_launcher
 
 INGRESS_CPUS = 0.5
 NUM_INGRESS_PORTS = 64
-INGRESS_PORTS = range(20000, 32000, NUM_INGRESS_PORTS)
-"""Where ingress replicas listen behind HAProxy: below the ports the kernel hands out to outgoing connections."""
+PRIVATE_PORTS = range(20000, 32000, 2 * NUM_INGRESS_PORTS)
+"""Where blocks of ports begin: below those that the kernel hands out to whoever asks for any."""
 
 
 class RayStartError(RuntimeError):
@@ -48,9 +48,9 @@ class RayPorts:
 
     @classmethod
     def draw(cls) -> RayPorts:
-        """Ports that are free now, all different."""
-        metrics, stats, fallback, autoscaler, dashboard = free_ports(5)
-        return cls(metrics, stats, fallback, autoscaler, dashboard, free_block(NUM_INGRESS_PORTS))
+        """Ports in a row that are free now, and that the kernel gives to nobody while Ray gets round to them."""
+        first = free_block(5 + NUM_INGRESS_PORTS)
+        return cls(first, first + 1, first + 2, first + 3, first + 4, first + 5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,18 +243,9 @@ def stop_cluster() -> None:
         ray.shutdown()
 
 
-def free_ports(count: int) -> list[int]:
-    """Different ports of 127.0.0.1 that are free now; the kernel chooses."""
-    with ExitStack() as held:
-        sockets = [held.enter_context(closing(socket.socket())) for _ in range(count)]
-        for sock in sockets:
-            sock.bind(("127.0.0.1", 0))
-        return [int(sock.getsockname()[1]) for sock in sockets]
-
-
 def free_block(count: int) -> int:
     """The first port of `count` free ones in a row, at a random place. Raises RayStartError when there is none."""
-    starts = list(INGRESS_PORTS)
+    starts = list(PRIVATE_PORTS)
     secrets.SystemRandom().shuffle(starts)
     for start in starts:
         if all(_is_free("127.0.0.1", port) for port in range(start, start + count)):

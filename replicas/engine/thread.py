@@ -106,6 +106,7 @@ class EngineThread:
         """Leaves a message to be taken before the next step."""
         self._num_sent += 1
         if isinstance(message, GenerateRequest):
+            self._forget_counted(self._num_counted)
             self._uncounted.append((self._num_sent, message.num_uncached or max(1, message.num_prompt_tokens)))
         self._inbox.append(message)
         self._wake.set()
@@ -113,12 +114,10 @@ class EngineThread:
     def load(self) -> EngineStats:
         """The engine's load: as of its last step, and requests sent since as waiting."""
         counted, stats = self._num_counted, self._stats  # in this order: the thread writes them in the other one
-        uncounted = self._uncounted
-        while uncounted and uncounted[0][0] <= counted:
-            uncounted.popleft()
-        if not uncounted:
+        self._forget_counted(counted)
+        if not self._uncounted:
             return stats
-        sizes = [num_tokens for _, num_tokens in uncounted]
+        sizes = [num_tokens for _, num_tokens in self._uncounted]
         return msgspec.structs.replace(
             stats,
             num_waiting=stats.num_waiting + len(sizes),
@@ -126,6 +125,11 @@ class EngineThread:
             num_waiting_tokens=stats.num_waiting_tokens + sum(sizes),
             waiting_sizes=merged(stats.waiting_sizes, sizes),
         )
+
+    def _forget_counted(self, counted: int) -> None:
+        """Messages up to this number are in the thread's own stats."""
+        while self._uncounted and self._uncounted[0][0] <= counted:
+            self._uncounted.popleft()
 
     def stop(self) -> None:
         """Asks the thread to end after the step under way."""

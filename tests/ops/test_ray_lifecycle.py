@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from ops.ray_cluster import free_ports
+from ops.ray_cluster import free_block
 from tests.ops import ray_stack
 from tests.ops.ray_stack import Stack, alive, chat_body, eventually, text_of
 
@@ -163,7 +163,7 @@ shutil.rmtree(runtime.run_dir)
 
 def test_serve_run_builds_the_same_application(tmp_path):
     """As `serve run ops.deploy:build profile=sim` does, on a Ray of its own."""
-    (port,) = free_ports(1)
+    port = free_block(1)
     words = [sys.executable, "-c", BUILD, str(port), "sim"]
     with (
         (tmp_path / "log").open("wb") as log,

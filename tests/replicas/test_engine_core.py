@@ -221,6 +221,25 @@ async def test_an_abort_takes_effect_within_two_steps() -> None:
     await engine.close()
 
 
+async def test_a_load_counts_what_was_sent_since_the_last_step_began() -> None:
+    engine, gates = threaded()
+    await engine.start(lambda deltas: None)
+    gates[0].open.clear()
+    engine.submit(make_request("a", range(3), max_tokens=5))
+    await entered(gates[0])
+    engine.submit(make_request("b", range(7), max_tokens=5))
+    engine.submit(make_request("c", range(4), max_tokens=5))
+    load = engine.stats()
+    assert load.num_unseen >= 2 and load.num_waiting >= 2
+    assert load.num_waiting_tokens >= 7 + 4
+    assert sum(num for num, _ in load.waiting_sizes) >= 2
+    gates[0].open.set()
+    await engine.drain()
+    load = engine.stats()
+    assert (load.num_unseen, load.num_waiting, load.num_waiting_tokens) == (0, 0, 0)
+    await engine.close()
+
+
 async def test_closing_an_iterator_early_aborts_its_request() -> None:
     engine, _ = threaded(max_model_len=100000, num_blocks=30000)
     async with LocalEngine(engine) as local:

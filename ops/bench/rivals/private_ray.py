@@ -18,7 +18,7 @@ from ops.serve import guarded
 def private_ray() -> Iterator[None]:
     """Starts Ray under this process (ray must not be imported yet) and ends it with the block. No HAProxy: it would
     spread an ingress's requests itself, past every request router."""
-    (port,) = ray_cluster.free_ports(1)
+    port = ray_cluster.free_block(1)
     config = Config(
         cluster=f"ray{os.getpid()}",
         models=(ModelConfig(id="sim", source="sim:bytes"),),
