@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ops.bench import policies
 from ops.bench.policies import Findings, Grid, Row, Work, Workload
 from ops.bench.policies_report import PoliciesReport
+from ops.bench.report import command_line
 from ops.simulate.driver import policy_named
 from routing.policies import POLICIES
 
@@ -33,7 +34,7 @@ def run(trace_files: Sequence[Path], findings_file: Path | None, options: Mappin
     with _progress(grid.num_cells(workloads)) as told:
         rows = policies.run(workloads, grid, findings, Work(options["workers"], told))
     facts = {"tolerance": grid.tolerance, "traces": {w.name: _described(w) for w in workloads}}
-    return PoliciesReport(rows, sys.argv, facts)
+    return PoliciesReport(rows, command_line(sys.argv), facts)
 
 
 def _described(workload: Workload) -> dict[str, Any]:

@@ -11,6 +11,9 @@ from ops.bench.policies import FRESH, OUR_ORDER, OURS, Row
 from ops.bench.policies_report import column_name, column_of, ordered
 from replicas.engine.order import OrderName
 
+_MARKERS = "os^vD*PX<>h"
+"""There are more policies than colours."""
+
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """A line a policy, a row of panels a trace: first come, first served, and in our order. Raises BenchError."""
@@ -44,7 +47,8 @@ def _lines(axes: Any, rows: Sequence[Row], order: OrderName) -> None:
     columns = ordered(column for column, capacity in ours.items() if capacity)
     axes.set_xticks(range(len(columns)), [column_name(column) for column in columns], fontsize="small", rotation=20)
     axes.axhline(1.0, color="black", linewidth=2)
-    for policy in dict.fromkeys(row.key.policy for row in rows if row.key.policy != OURS):
+    for number, policy in enumerate(dict.fromkeys(row.key.policy for row in rows if row.key.policy != OURS)):
         found = {column_of(row): row.capacity for row in rows if (row.key.policy, row.key.order) == (policy, order)}
         known = [(i, found[column] / ours[column]) for i, column in enumerate(columns) if column in found]
-        axes.plot([i for i, _ in known], [value for _, value in known], marker="o", markersize=3, label=policy)
+        style = {"marker": _MARKERS[number % len(_MARKERS)], "color": f"C{number % 10}", "markersize": 4}
+        axes.plot([i for i, _ in known], [value for _, value in known], label=policy, **style)
