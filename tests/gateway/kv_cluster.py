@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,7 @@ class Cluster:
         self.ingresses: list[ComposedGateway] = []
         self.pools: dict[str, BlockPool] = {}
         self._clients: dict[int, httpx.AsyncClient] = {}
+        self._num_asked: Counter[int] = Counter()
 
     async def host(self, clock: Callable[[], float] = time.time, replica_id: str | None = None) -> ReplicaHost:
         """A replica more, or one that starts anew in the place of `replica_id`."""
@@ -99,7 +101,11 @@ class Cluster:
     async def ask(self, ingress: ComposedGateway, prompt: str) -> dict[str, Any]:
         """One completion; the answer, with `replica` in it."""
         body = {"model": "m", "prompt": prompt, "max_tokens": 2, "ignore_eos": True}
-        answer = await self._clients[id(ingress)].post("/v1/completions", json=body)
+        self._num_asked[id(ingress)] += 1
+        try:
+            answer = await self._clients[id(ingress)].post("/v1/completions", json=body)
+        finally:
+            self._num_asked[id(ingress)] -= 1
         assert answer.status_code == 200, answer.text
         found: dict[str, Any] = answer.json()
         return {**found, "replica": answer.headers["x-warmgate-replica"]}
@@ -127,9 +133,10 @@ class Cluster:
         return True
 
     async def leave(self, ingress: ComposedGateway) -> None:
-        """One ingress stops."""
-        await self._clients.pop(id(ingress)).aclose()
+        """One ingress stops, as Ray stops one: nothing new comes, what is there ends, then it closes."""
         self.ingresses.remove(ingress)
+        await until(lambda: not self._num_asked[id(ingress)], 10.0)
+        await self._clients.pop(id(ingress)).aclose()
         await ingress.close()
 
     async def close(self) -> None:
