@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 
 from configs.catalogue import SIM_BYTES
 from configs.errors import ConfigError, KeyPath, show_key
-from configs.schema import Config
+from configs.lora import LoraError, lora_folder, read_lora
+from configs.schema import AdapterConfig, Config, EngineConfig
 from configs.tokenizer import find_model
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "0.0.0.0", "::")
@@ -51,6 +52,38 @@ def missing_models(config: Config, home: Path) -> list[Problem]:
     return found
 
 
+def broken_adapters(config: Config) -> list[Problem]:
+    """Adapters whose checkpoints are not on this machine, or cannot be served by any group of their model."""
+    found = []
+    for i, adapter in enumerate(config.adapters):
+        engines = [g.engine for g in config.groups if g.model == adapter.base_model and g.engine.kind == "native"]
+        ranks = [engine.max_lora_rank for engine in engines if engine.max_adapters]
+        if not ranks:
+            continue
+        try:
+            rank = read_lora(_adapter_folder(adapter)).config.max_rank
+        except LoraError as error:
+            found.append(Problem(("adapters", i, "path"), str(error)))
+            continue
+        if rank > adapter.rank:
+            found.append(Problem(("adapters", i, "rank"), f"its checkpoint has rank {rank}, got {adapter.rank}"))
+        elif rank > max(ranks):
+            reason = f"its checkpoint has rank {rank}, beyond engine.max_lora_rank ({max(ranks)})"
+            found.append(Problem(("adapters", i, "path"), reason))
+    return found
+
+
+def _adapter_folder(adapter: AdapterConfig) -> Path:
+    folder = lora_folder(adapter.path)
+    if not adapter.path or not folder.is_absolute():
+        raise LoraError(f"needs an absolute path, replicas have working folders of their own; got {adapter.path!r}")
+    return folder
+
+
+def _num_slots(engine: EngineConfig) -> int:
+    return engine.sim.max_adapters if engine.kind == "sim" else engine.max_adapters
+
+
 def _repeated(named: Iterable[tuple[KeyPath, str]], what: str) -> Iterator[Problem]:
     first: dict[str, KeyPath] = {}
     for key, name in named:
@@ -89,9 +122,24 @@ def _groups(config: Config) -> Iterator[Problem]:
         if engine.max_num_batched_tokens < engine.max_num_seqs:
             reason = f"must be at least max_num_seqs ({engine.max_num_seqs}), got {engine.max_num_batched_tokens}"
             yield Problem(("groups", i, "engine", "max_num_batched_tokens"), reason)
+        if engine.speculative is not None:
+            yield from _speculative(("groups", i, "engine", "speculative"), engine)
         if model.route_block_tokens % engine.block_size:
             reason = f"must divide the model's route_block_tokens ({model.route_block_tokens}), got {engine.block_size}"
             yield Problem(("groups", i, "engine", "block_size"), reason)
+
+
+def _speculative(key: KeyPath, engine: EngineConfig) -> Iterator[Problem]:
+    config = engine.speculative
+    assert config is not None
+    takes_model = config.method in ("draft_model", "mlp_speculator")
+    if takes_model and config.model is None and engine.kind == "native":
+        yield Problem(key, f"method {config.method} needs a model")
+    if not takes_model and config.model is not None:
+        yield Problem((*key, "model"), f"method {config.method} takes no model")
+    if config.prompt_lookup_min > config.prompt_lookup_max:
+        reason = f"must be at most prompt_lookup_max ({config.prompt_lookup_max}), got {config.prompt_lookup_min}"
+        yield Problem((*key, "prompt_lookup_min"), reason)
 
 
 def _tenants(config: Config) -> Iterator[Problem]:
@@ -105,6 +153,9 @@ def _tenants(config: Config) -> Iterator[Problem]:
         digests += [(("tenants", i, "key_sha256", j), digest) for j, digest in enumerate(tenant.key_sha256)]
         if tenant.anonymous:
             anonymous.append((("tenants", i, "anonymous"), "anonymous"))
+            if tenant.admin:
+                reason = f"tenant {tenant.id!r} is anonymous: everybody would be an administrator"
+                yield Problem(("tenants", i, "admin"), reason)
         elif not tenant.keys and not tenant.key_sha256:
             yield Problem(("tenants", i), f"tenant {tenant.id!r} has no key and is not anonymous: nobody could use it")
         for j, name in enumerate(tenant.models):
@@ -128,7 +179,7 @@ def _adapters(config: Config) -> Iterator[Problem]:
     yield from _repeated(versions, "adapter version")
     ids = {model.id for model in config.models}
     tenants = {tenant.id for tenant in config.tenants}
-    slots = {group.model for group in config.groups if group.engine.kind == "sim" and group.engine.sim.max_adapters}
+    slots = {group.model for group in config.groups if _num_slots(group.engine)}
     for i, adapter in enumerate(config.adapters):
         named = config.model_named(adapter.name)
         if named is not None:

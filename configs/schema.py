@@ -24,11 +24,23 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """A mapping in the profile."""
 
 
+ToolCallParser: TypeAlias = Literal[
+    "auto", "none", "hermes", "deepseek_v3", "deepseek_v31", "ernie45", "glm45", "glm47", "granite", "granite4",
+    "hunyuan_a13b", "internlm", "jamba", "json", "kimi_k2", "lfm2", "llama3_json", "llama4_json", "llama4_pythonic",
+    "longcat", "mistral", "olmo3", "phi4_mini_json", "pythonic", "qwen3_coder", "qwen3_xml", "smollm2",
+]  # fmt: skip
+ReasoningParser: TypeAlias = Literal[
+    "auto", "none", "deepseek_r1", "deepseek_v3", "ernie45", "glm45", "hunyuan_a13b", "kimi_k2", "minimax_m2",
+    "mistral", "nemotron_v3", "olmo3", "qwen3", "seed_oss", "step3",
+]  # fmt: skip
+
+
 class ModelConfig(Section, frozen=True):
     """A model that clients can name.
 
     `source`: a catalogue name (`warmgate models list`), a local folder, a hub id, or `sim:bytes` (a byte-level
-    tokenizer and no weights, for the sim engine).
+    tokenizer and no weights, for the sim engine). `tool_call_parser` and `reasoning_parser`: how the model writes calls
+    and thoughts, by vLLM's names; `auto` is what its chat template speaks of.
     """
 
     id: ModelId
@@ -36,13 +48,16 @@ class ModelConfig(Section, frozen=True):
     aliases: tuple[ModelId, ...] = ()
     default_max_tokens: Positive = 4096
     route_block_tokens: Positive = 64
+    tool_call_parser: ToolCallParser = "auto"
+    reasoning_parser: ReasoningParser = "auto"
 
 
 class SimConfig(Section, frozen=True):
     """The sim engine's clockwork: seconds a step takes, and what it pretends to hold.
 
     `adapter_load_s` is for rank 8 and grows with the rank, up to `max_adapter_rank`. Answers end at `max_tokens`, or,
-    with `mean_output_tokens`, with end of sequence after that many tokens on average.
+    with `mean_output_tokens`, with end of sequence after that many tokens on average. Guesses of a pretended draft
+    model come true with probability `draft_acceptance` each; checking one of any method takes `step_per_draft_s`.
     """
 
     prefill_tokens_per_s: PositiveF = 8000.0
@@ -54,12 +69,15 @@ class SimConfig(Section, frozen=True):
     max_adapter_rank: Positive = 64
     max_model_len: Positive = 8192
     mean_output_tokens: Positive | None = None
+    draft_acceptance: Annotated[float, Meta(ge=0, le=1)] = 0.7
+    step_per_draft_s: NotNegativeF = 0.0001
 
 
 class AdapterConfig(Section, frozen=True):
     """A LoRA adapter that clients name like a model; of several versions of one name the last counts.
 
-    `owner`: the one tenant that may use it; without one, every tenant that may use `base_model`.
+    `owner`: the one tenant that may use it; without one, every tenant that may use `base_model`. `pinned`: replicas
+    load it when they start, and keep it.
     """
 
     name: ModelId
@@ -69,10 +87,48 @@ class AdapterConfig(Section, frozen=True):
     rank: Annotated[int, Meta(ge=1, le=512)] = 8
     owner: Name | None = None
     num_bytes: NotNegative = 0
+    pinned: bool = False
+
+
+class SpeculativeConfig(Section, frozen=True):
+    """Speculative decoding: who guesses, and how far. vLLM's names where it has them.
+
+    `ngram`: what followed the last tokens where they stood before. `lookahead`: the model itself, by Jacobi iteration.
+    `draft_model`: a smaller model with the same vocabulary, `mlp_speculator`: heads on the model's last hidden state
+    (`warmgate train-draft` makes both); `model` is a catalogue name, hub id or folder. `num_speculative_tokens` is the
+    most a sequence gets in a step; unless `adaptive` is off, fewer or none as measurements advise.
+    """
+
+    method: Literal["ngram", "lookahead", "draft_model", "mlp_speculator"]
+    num_speculative_tokens: Annotated[int, Meta(ge=1, le=32)] = 8
+    model: str | None = None
+    adaptive: bool = True
+    prompt_lookup_min: Positive = 2
+    prompt_lookup_max: Positive = 8
+    lookahead_window: Annotated[int, Meta(ge=1, le=32)] = 5
+    lookahead_ngram: Annotated[int, Meta(ge=2, le=8)] = 4
+    lookahead_guesses: Annotated[int, Meta(ge=1, le=32)] = 5
+
+
+Quantization: TypeAlias = Literal[
+    "int8", "w8a8", "int4", "nf4", "bitsandbytes", "fp8", "awq", "gptq", "compressed-tensors", "gguf"
+]
 
 
 class EngineConfig(Section, frozen=True):
-    """How a replica generates. `native` is the in-house engine; `sim` pretends, with the real scheduler and pool."""
+    """How a replica generates. `native` is the in-house engine; `sim` pretends, with the real scheduler and pool.
+
+    `max_prefill_stall_s`: how much longer a step may take for the sake of others' prompts while answers are running;
+    without it prompts get all of `max_num_batched_tokens`.
+
+    `max_adapters` LoRA adapters are resident at most (0: none), as far as their ranks fit into `lora_pool_gib`. An
+    adapter says what it was trained on: that must be a name of the model, or one of `lora_base_models`.
+
+    `quantization`: of plain weights, what to round them to on loading (`int8`, `w8a8`, `int4`, `nf4` = `bitsandbytes`,
+    `fp8`); of a quantised checkpoint its own method, which need not be said. `head_quantization: auto` rounds the head
+    of a quantised model to int8 where compiled kernels make that faster. `kernels: none` compiles nothing and runs on
+    torch's own operators.
+    """
 
     kind: Literal["native", "sim"] = "native"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -83,11 +139,24 @@ class EngineConfig(Section, frozen=True):
     max_model_len: Positive | None = None
     max_num_seqs: Positive = 32
     max_num_batched_tokens: Positive = 512
+    max_prefill_stall_s: PositiveF | None = None
     max_waiting: Positive = 1024
     max_adapter_loads: Positive = 2
+    max_adapters: NotNegative = 0
+    max_lora_rank: Annotated[int, Meta(ge=1, le=512)] = 64
+    lora_pool_gib: PositiveF = 1.0
+    lora_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    lora_base_models: tuple[str, ...] = ()
     prefix_caching: bool = True
-    order: Literal["shortest", "fcfs", "priority", "deadline"] = "shortest"
+    order: Literal["shortest", "fcfs", "priority", "deadline", "fair"] = "shortest"
+    quantization: Quantization | None = None
+    quantization_group_size: Literal[32, 64, 128, -1] = 64
+    head_quantization: Literal["auto", "none", "int8"] = "auto"
+    kv_cache_dtype: Literal["auto", "int8", "fp8", "fp8_e4m3", "fp8_e5m2"] = "auto"
+    kernels: Literal["auto", "none"] = "auto"
+    structured: bool = True
     self_check: bool = True
+    speculative: SpeculativeConfig | None = None
     sim: SimConfig = SimConfig()
 
 
@@ -147,13 +216,14 @@ class TenantConfig(Section, frozen=True):
     """Who may ask. `key_sha256` are hex digests of API keys; `keys` are the keys themselves (development only).
 
     `anonymous: true` makes this the tenant of requests without a key; when no tenant has a key, also of requests with
-    any key (OpenAI clients insist on sending one).
+    any key (OpenAI clients insist on sending one). `admin`: its keys may do what costs or changes more than answers do.
     """
 
     id: Name
     keys: tuple[str, ...] = ()
     key_sha256: tuple[Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")], ...] = ()
     anonymous: bool = False
+    admin: bool = False
     weight: PositiveF = 1.0
     max_priority: Annotated[int, Meta(ge=-100, le=100)] = 0
     requests_per_minute: Positive | None = None

@@ -84,14 +84,14 @@ def find_model(source: str, home: Path) -> Path:
     lacking = [name for name in ("config.json", "tokenizer.json") if not (path / name).is_file()]
     if lacking:
         raise ConfigError(f"model {source!r}: {path} has no {' and no '.join(lacking)}; {_advice(source)}")
-    if next(path.glob("*.safetensors"), None) is None:
-        raise ConfigError(f"model {source!r}: {path} has no *.safetensors file; {_advice(source)}")
+    if not any(next(path.glob(pattern), None) for pattern in ("*.safetensors", "*.gguf")):
+        raise ConfigError(f"model {source!r}: {path} has no *.safetensors and no *.gguf file; {_advice(source)}")
     return path
 
 
 def _advice(source: str) -> str:
     if source.startswith((".", "/", "~")):
-        return "give a folder with config.json, tokenizer.json and *.safetensors"
+        return "give a folder with config.json, tokenizer.json and *.safetensors or a *.gguf"
     if entry_for(source) or source.count("/") == 1:
         return f"run: warmgate models pull {source}"
     return "no such name in the catalogue; see: warmgate models list"

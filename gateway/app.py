@@ -24,6 +24,7 @@ from gateway.api.decisions import Decisions
 from gateway.api.exchange import Endpoint, Exchange, as_api_error, sane_request_id
 from gateway.api.generate import Generation
 from gateway.api.health import Health
+from gateway.api.lora import LoraAdapters
 from gateway.api.models import Models
 from gateway.api.openapi import document
 from gateway.api.tokenize import Tokenize
@@ -86,6 +87,7 @@ def _paths(gateway: Gateway) -> list[Path]:
     chat = Generation(gateway, ChatRoute(), ChatRequest)
     completions = Generation(gateway, CompletionRoute(), CompletionRequest)
     models, tokens, health, decisions = Models(gateway), Tokenize(gateway), Health(gateway), Decisions(gateway)
+    adapters = LoraAdapters(gateway)
     return [
         Path("/version", GET, "version", health.version),
         Path("/metrics", GET, "metrics", health.metrics),
@@ -96,6 +98,8 @@ def _paths(gateway: Gateway) -> list[Path]:
         Path("/v1/models/{model_id:path}", GET, "models", models.get_one),
         Path("/v1/models", GET, "models", models.list_all),
         Path("/v1/routing/decisions/{request_id:path}", GET, "decisions", decisions.get_one),
+        Path("/v1/unload_lora_adapter", POST, "unload_lora_adapter", adapters.unload),
+        Path("/v1/load_lora_adapter", POST, "load_lora_adapter", adapters.load),
         Path("/v1/completions", POST, completions.route_name, completions),
         Path("/v1/chat/completions", POST, chat.route_name, chat),
     ]

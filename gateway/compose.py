@@ -18,9 +18,11 @@ from random import Random, SystemRandom
 
 from starlette.types import ASGIApp
 
+from configs.grammars.guard import GrammarGuard
 from configs.runtime import Runtime
 from configs.schema import Config, ModelConfig
 from configs.tokenizer import load_model_files
+from gateway.adapter_admin import AdapterAdmin, Trial
 from gateway.admission import Admission
 from gateway.app import build_app
 from gateway.decisions import DecisionLog
@@ -29,6 +31,7 @@ from gateway.explain import Explainer
 from gateway.fleet import Fleet
 from gateway.fleet_metrics import FleetCollector
 from gateway.fleet_shares import FleetShares
+from gateway.grammar_check import GrammarCheck
 from gateway.ledger import Ledger
 from gateway.matching import matching
 from gateway.prompt import Prompter
@@ -39,7 +42,7 @@ from gateway.tenancy import Tenants
 from gateway.types import Gateway
 from ops.metrics import Metrics
 from replicas.channel import HandshakeError, LinkOptions, ReplicaLink
-from routing.adapters import AdapterWatch, declared
+from routing.adapters import AdapterRegistry, AdapterWatch, declared
 from routing.index import PrefixIndex
 from routing.kv_follow import KvSource
 from routing.kv_registry import KvRegistry, KvRegistryOptions
@@ -75,6 +78,7 @@ class ComposedGateway:
     kv_registry: KvRegistry
     adapters: AdapterWatch
     questions: Questions
+    grammars: GrammarCheck
     counts: SharedCounts
 
     async def start(self) -> None:
@@ -113,6 +117,7 @@ class ComposedGateway:
         await self.kv_registry.close()
         self.admission.close()
         await self.fleet.close()
+        self.grammars.close()
         await self.gateway.ledger.close()
         await self.store.close()
 
@@ -137,14 +142,18 @@ async def compose(config: Config, runtime: Runtime, random: Random | None = None
     admission = Admission(config.admission, fleet, around, matching(config, router))
     explainer = Explainer(log, lambda to, question: questions.ask(to, question))
     questions = Questions(store, ingress_id, random, explainer.answer)
+    grammars = GrammarCheck(GrammarGuard())
     tenants = Tenants(config.tenants, runtime.secret, around.clock)
     counts = SharedCounts(store, ingress_id, runtime.secret)
     FleetShares(counts, admission, tenants)
     usage_log = config.telemetry.usage_log
+    dispatcher = FleetDispatcher(fleet, admission, router, around)
+    prompters = {model.id: await _prompter(model, runtime.home, around.metrics) for model in config.models}
+    trial = Trial(dispatcher, prompters.__getitem__, around.clock)
     gateway = Gateway(
         config=config,
-        dispatcher=FleetDispatcher(fleet, admission, router, around),
-        prompters={model.id: await _prompter(model, runtime.home, around.metrics) for model in config.models},
+        dispatcher=dispatcher,
+        prompters=prompters,
         tenants=tenants,
         ledger=Ledger(around.metrics, None if usage_log is None else Path(usage_log)),
         metrics=around.metrics,
@@ -153,6 +162,8 @@ async def compose(config: Config, runtime: Runtime, random: Random | None = None
         random=random,
         catalogue=lambda: adapters.catalogue,
         explainer=explainer,
+        adapters=AdapterAdmin(config, AdapterRegistry(store), adapters, trial),
+        check_grammar=grammars,
     )
     return ComposedGateway(
         build_app(gateway),
@@ -164,6 +175,7 @@ async def compose(config: Config, runtime: Runtime, random: Random | None = None
         kv_registry,
         adapters,
         questions,
+        grammars,
         counts,
     )
 

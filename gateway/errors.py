@@ -51,12 +51,28 @@ class ContextLengthError(BadRequestError):
     code = "context_length_exceeded"
 
 
+class AdapterNotLoadableError(BadRequestError):
+    code = "adapter_not_loadable"
+
+
 class UnsupportedError(BadRequestError):
     code = "unsupported_parameter"
 
 
+class InvalidGrammarError(BadRequestError):
+    code = "invalid_grammar"
+
+
+class GrammarTooComplexError(BadRequestError):
+    code = "grammar_too_complex"
+
+
 class AuthenticationError(ApiError):
     status, type, code = 401, "authentication_error", "invalid_api_key"
+
+
+class AdminRequiredError(ApiError):
+    status, type, code = 403, "permission_error", "admin_required"
 
 
 class NotFoundError(ApiError):
@@ -101,6 +117,12 @@ class UnavailableError(ApiError):
     status, type, code = 503, "service_unavailable_error", "no_replica_available"
 
 
+class RegistryUnavailableError(UnavailableError):
+    """Redis, which the ingresses share what they know through, does not answer."""
+
+    code = "registry_unavailable"
+
+
 class ReplicaLostError(ApiError):
     """A replica died after it had begun to answer."""
 
@@ -119,6 +141,8 @@ _BY_FAULT: dict[str, type[ApiError]] = {
     "context_length_exceeded": ContextLengthError,
     "unsupported_parameter": UnsupportedError,
     "adapter_not_found": ModelNotFoundError,
+    "invalid_grammar": InvalidGrammarError,
+    "grammar_too_complex": GrammarTooComplexError,
     "overloaded": QueueFullError,
     "draining": UnavailableError,
     "deadline_exceeded": DeadlineError,

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from time import time
@@ -39,10 +39,12 @@ _ENTRY_BYTES = 256
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """What to render: messages as the template takes them, the client's template variables, how the prompt ends."""
+    """What to render: messages and tools as the template takes them, the client's template variables, how the prompt
+    ends."""
 
     messages: list[dict[str, Any]]
     options: Mapping[str, Any]
+    tools: Sequence[Mapping[str, Any]] = ()
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
@@ -112,12 +114,17 @@ class Prompter:
         if self.template is None:
             raise BadRequestError("This model has no chat template; use /v1/completions.", param="messages",
                                   code="no_chat_template")  # fmt: skip
-        text = self.template.render(chat.messages, chat.options, generation_prompt=chat.add_generation_prompt)
+        text = self.template.render(
+            chat.messages, chat.options, tools=chat.tools, generation_prompt=chat.add_generation_prompt
+        )
         return _cut_after_final_message(text, chat.messages[-1]) if chat.continue_final_message else text
 
     async def chat(self, chat: Chat, owner: str) -> bytes:
-        """Packed ids of a rendered chat. `owner` separates what is cached. Raises BadRequestError."""
-        text = self.render(chat)
+        """Packed ids of a chat. `owner` separates what is cached. Raises BadRequestError."""
+        return await self.chat_ids(self.render(chat), chat, owner)
+
+    async def chat_ids(self, text: str, chat: Chat, owner: str) -> bytes:
+        """Packed ids of a chat whose text is rendered already."""
         if chat.add_special_tokens:
             return (await self.texts([text], add_special_tokens=True))[0]
         return await self.rendered(text, owner)

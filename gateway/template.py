@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -48,7 +48,14 @@ class ChatTemplate:
         except TemplateSyntaxError as error:
             raise ValueError(f"chat template, line {error.lineno}: {error.message}") from error
 
-    def render(self, messages: list[dict[str, Any]], options: Mapping[str, Any], *, generation_prompt: bool) -> str:
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        options: Mapping[str, Any],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        generation_prompt: bool,
+    ) -> str:
         """The prompt's text. `options` are the client's template variables. Raises BadRequestError when the template
         refuses the messages or cannot digest them."""
         for name in options:
@@ -61,7 +68,7 @@ class ChatTemplate:
                 self._special_tokens,
                 **options,
                 messages=messages,
-                tools=None,
+                tools=list(tools) or None,
                 documents=None,
                 add_generation_prompt=generation_prompt,
             )

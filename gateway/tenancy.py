@@ -212,4 +212,5 @@ def _tenant(config: TenantConfig, secret: bytes) -> Tenant:
         max_concurrent=config.max_concurrent,
         max_wait_s=config.max_wait_s,
         models=frozenset(config.models),
+        admin=config.admin,
     )

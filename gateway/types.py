@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from random import Random, SystemRandom
 from time import monotonic, time
@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Protocol
 from configs.schema import Config, ModelConfig
 from gateway.decisions import DecisionLog
 from gateway.explain import Explainer
-from replicas.contract import EngineFacts, SamplingParams, StepDelta
+from replicas.contract import Constraint, EngineFacts, SamplingParams, StepDelta
 from routing.adapters import EMPTY, Catalogue
 
 if TYPE_CHECKING:
+    from gateway.adapter_admin import AdapterAdmin
     from gateway.ledger import Ledger
     from gateway.prompt import Prompter
     from gateway.tenancy import Tenants
@@ -34,6 +35,7 @@ class Tenant:
     max_concurrent: int | None = None
     max_wait_s: float | None = None
     models: frozenset[str] = frozenset()
+    admin: bool = False
 
     def allows(self, model_id: str) -> bool:
         """Whether this tenant may use the model; an empty set means every model."""
@@ -119,7 +121,8 @@ class Gateway:
 
     `prompters` by model id. `catalogue`: the adapters there are now. `clock` is monotonic seconds (durations, quotas),
     `wall` the time of day. `random` draws seeds and request ids; `ingress_id` is the prefix of every request id, so
-    that an id names its ingress. `explainer` knows why requests went where they went.
+    that an id names its ingress. `explainer` knows why requests went where they went. `check_grammar` raises an
+    ApiError for a constraint that no replica could use; without it they say so themselves.
     """
 
     config: Config
@@ -135,8 +138,14 @@ class Gateway:
     started_at: float = field(default_factory=time)
     catalogue: Callable[[], Catalogue] = lambda: EMPTY
     explainer: Explainer = field(default_factory=lambda: Explainer(DecisionLog("wg", time), _nobody))
+    adapters: AdapterAdmin | None = None
+    check_grammar: Callable[[Constraint, str], Awaitable[None]] = lambda constraint, tenant_id: _trust()
 
 
 async def _nobody(ingress_id: str | None, question: bytes) -> bytes | None:
     """Whom an ingress asks that has no siblings."""
     return None
+
+
+async def _trust() -> None:
+    """A grammar that nobody looks at before the replica does."""

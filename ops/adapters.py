@@ -12,6 +12,7 @@ from typing import TypeVar
 import click
 import msgspec
 
+from configs.lora import LoraError, lora_folder, read_lora
 from ops.errors import OperationError
 from ops.instance import find_instances
 from routing.adapters import Adapter, AdapterConflictError, AdapterRegistry, Catalogue
@@ -65,18 +66,22 @@ def adapters_list(place: tuple[str | None, str | None], as_json: bool) -> None:
 @click.argument("name")
 @click.option("--base-model", required=True, help="The id of the model it was trained on.")
 @click.option("--version", default="1", show_default=True, help="Names these weights for ever.")
-@click.option("--path", default="", help="Where replicas find the weights.")
-@click.option("--rank", default=8, show_default=True, type=click.IntRange(1, 512))
+@click.option("--path", default="", help="The checkpoint's folder on the replicas' machines, as PEFT saves it.")
+@click.option("--rank", type=click.IntRange(1, 512), help="[default: the checkpoint's where it is here too, else 8]")
 @click.option("--owner", help="The one tenant that may use it [default: all].")
-@click.option("--num-bytes", default=0, type=click.IntRange(min=0), help="Size on disk, for information.")
+@click.option("--pinned", is_flag=True, help="Replicas keep it once they have it; they load it when they start.")
+@click.option("--num-bytes", type=click.IntRange(min=0), help="Size on disk, for information [default: likewise].")
 @click.pass_obj
-def adapters_add(place: tuple[str | None, str | None], /, **fields: object) -> None:
+def adapters_add(place: tuple[str | None, str | None], /, path: str, **fields: object) -> None:
     """Add a version of NAME and make it the current one; requests find it within a second.
 
-    A version that was added before becomes current again: that is how to roll back.
+    A version that was added before becomes current again: that is how to roll back. A checkpoint that is on this
+    machine is looked at first; its weights are checked by the replica that loads them.
     """
+    found, path = _looked_at(path)
+    given = {name: value for name, value in fields.items() if value is not None}
     try:
-        adapter = msgspec.convert(fields, Adapter)
+        adapter = msgspec.convert({**found, **given, "path": path}, Adapter)
     except msgspec.ValidationError as error:
         raise click.UsageError(str(error)) from error
     _with(place, lambda registry: registry.add(adapter))
@@ -91,6 +96,22 @@ def adapters_remove(place: tuple[str | None, str | None], name: str) -> None:
     gone = _with(place, lambda registry: registry.remove(name))
     for adapter in gone:
         click.echo(f"{adapter.adapter_id} is removed")
+
+
+def _looked_at(path: str) -> tuple[dict[str, object], str]:
+    """What a checkpoint says of itself, and its absolute path; nothing, and the path as it is, where it is not here.
+
+    Raises AdapterError for one that cannot be served.
+    """
+    try:
+        folder = lora_folder(path)
+        if not path or not folder.is_dir():
+            return {}, path
+        files = read_lora(folder)
+        found = {"rank": files.config.max_rank, "num_bytes": files.num_bytes, "digest": files.digest()}
+        return found, str(folder.absolute())
+    except (LoraError, OSError) as error:
+        raise AdapterError(str(error)) from error
 
 
 def _row(adapter: Adapter, catalogue: Catalogue) -> dict[str, object]:

@@ -20,6 +20,8 @@ BASE_BYTES = {"native": 600 << 20, "sim": 250 << 20}
 Measured after the imports and the tokenizer: 407 MiB and 191 MiB."""
 
 BYTES_OF = {"float32": 4, "bfloat16": 2, "float16": 2, "F32": 4, "BF16": 2, "F16": 2}
+ROUNDED_BYTES = {"int8": 1.05, "w8a8": 1.05, "fp8": 1.05, "int4": 0.65, "nf4": 0.65, "bitsandbytes": 0.65}
+"""Bytes a weight of what `engine.quantization` rounds plain weights to, scales included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,8 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The parts of config.json that decide sizes, and the weights as they lie on disk."""
+    """The parts of config.json that decide sizes, and the weights as they lie on disk. `values_per_rank`: numbers of
+    one rank of a LoRA adapter of everything, in one layer."""
 
     num_layers: int
     num_kv_heads: int
@@ -42,6 +45,8 @@ class ModelShape:
     max_model_len: int
     dtype: str
     weight_bytes: int
+    is_quantised: bool = False
+    values_per_rank: int = 0
 
     @classmethod
     def read(cls, folder: Path) -> ModelShape:
@@ -56,20 +61,52 @@ class ModelShape:
                 head_dim=text.get("head_dim") or text["hidden_size"] // heads,
                 max_model_len=text["max_position_embeddings"],
                 dtype=str(text.get("dtype") or text.get("torch_dtype") or "float32"),
-                weight_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+                weight_bytes=sum(path.stat().st_size for path in _weight_files(folder)),
+                is_quantised="quantization_config" in config or not any(folder.glob("*.safetensors")),
+                values_per_rank=_values_per_rank(text),
             )
         except KeyError as error:
             raise ConfigError(f"{folder / 'config.json'} has no {error}") from error
 
-    def weights_in(self, dtype: str) -> int:
-        """Bytes of the weights held as `dtype` (`auto` = as they lie)."""
+    def weights_in(self, dtype: str, quantization: str | None = None) -> int:
+        """Bytes of the weights held as `dtype` (`auto` = as they lie), or rounded; quantised ones stay as they lie."""
+        if self.is_quantised:
+            return self.weight_bytes
+        if quantization in ROUNDED_BYTES:
+            return int(self.weight_bytes / self._size("auto") * ROUNDED_BYTES[quantization])
         return self.weight_bytes * self._size(dtype) // self._size("auto")
 
-    def kv_bytes_per_token(self, dtype: str) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self._size(dtype)  # keys and values
+    def kv_bytes_per_token(self, dtype: str, kv_cache_dtype: str = "auto") -> int:
+        """Of keys and values; one of 8 bits takes a byte, and in int8 each head of a token two more for its scale."""
+        row = self.head_dim * self._size(dtype)
+        if kv_cache_dtype != "auto":
+            row = self.head_dim + (2 if kv_cache_dtype == "int8" else 0)
+        return 2 * self.num_layers * self.num_kv_heads * row
+
+    def lora_bytes(self, engine: EngineConfig, dtype: str) -> int:
+        """The pool of adapters at most: what the profile allows, or what the slots can use."""
+        kept = dtype if engine.lora_dtype == "auto" else engine.lora_dtype
+        page = self.num_layers * self.values_per_rank * self._size(kept)
+        pool = int(engine.lora_pool_gib * GIB)
+        return min(pool, (1 + engine.max_adapters * engine.max_lora_rank) * page) if page else pool
 
     def _size(self, dtype: str) -> int:
         return BYTES_OF.get(self.dtype if dtype == "auto" else dtype, 4)
+
+
+def _values_per_rank(config: dict[str, Any]) -> int:
+    """Inputs and outputs of the seven modules of a layer; 0 where config.json does not tell."""
+    hidden, inner, heads = (config.get(k, 0) for k in ("hidden_size", "intermediate_size", "num_attention_heads"))
+    if not (hidden and inner and heads):
+        return 0
+    head_dim = config.get("head_dim") or hidden // heads
+    q, kv = heads * head_dim, (config.get("num_key_value_heads") or heads) * head_dim
+    return int((3 * hidden + q + 2 * kv) + (q + hidden) + (2 * hidden + 2 * inner) + (inner + hidden))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """What the engine would read: safetensors, or a GGUF where there are none."""
+    return list(folder.glob("*.safetensors")) or list(folder.glob("*.gguf"))
 
 
 def group_memory(group: GroupConfig, model: ModelConfig, home: Path) -> Estimate:
@@ -80,14 +117,18 @@ def group_memory(group: GroupConfig, model: ModelConfig, home: Path) -> Estimate
         return Estimate(BASE_BYTES["sim"], "ok", f"a sim replica: {held:,} pretended KV tokens, no weights")
     shape = ModelShape.read(find_model(model.source, home))
     dtype = _resolved_dtype(group)
-    weights, kv_bytes = shape.weights_in(dtype), int(engine.kv_cache_gib * GIB)
-    tokens = kv_bytes // shape.kv_bytes_per_token(dtype)
+    weights, kv_bytes = shape.weights_in(dtype, engine.quantization), int(engine.kv_cache_gib * GIB)
+    tokens = kv_bytes // shape.kv_bytes_per_token(dtype, engine.kv_cache_dtype)
     detail = f"a replica: weights {weights / GIB:.2f} GiB, KV {kv_bytes / GIB:.2f} GiB = {tokens:,} tokens"
+    needed = BASE_BYTES["native"] + weights + kv_bytes
+    if engine.max_adapters:
+        needed += (lora := shape.lora_bytes(engine, dtype))
+        detail += f", LoRA {lora / GIB:.2f} GiB"
     longest = _longest(engine, shape)
     if tokens < longest:
         advice = f"raise engine.kv_cache_gib, or set engine.max_model_len to {tokens} at most"
-        return Estimate(BASE_BYTES["native"] + weights + kv_bytes, "warn", f"{detail}, fewer than {longest:,}", advice)
-    return Estimate(BASE_BYTES["native"] + weights + kv_bytes, "ok", f"{detail} (longest request {longest:,})")
+        return Estimate(needed, "warn", f"{detail}, fewer than {longest:,}", advice)
+    return Estimate(needed, "ok", f"{detail} (longest request {longest:,})")
 
 
 def _resolved_dtype(group: GroupConfig) -> str:

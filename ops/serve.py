@@ -71,6 +71,9 @@ def preflight(config: Config, runtime: Runtime) -> None:
         raise ConfigError(reason, key=("http", "port"))
     for problem in check.missing_models(config, runtime.home):
         raise ConfigError(problem.reason, key=problem.key)
+    if private:  # elsewhere the replicas' machines are not this one
+        for problem in check.broken_adapters(config):
+            raise ConfigError(problem.reason, key=problem.key)
     if config.ray.haproxy == "on" and not sys.platform.startswith("linux"):
         raise ConfigError("HAProxy mode needs Linux", key=("ray", "haproxy"))
 

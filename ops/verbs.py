@@ -12,7 +12,16 @@ import click
 
 from ops.errors import OperationError
 
-_LAZY = {"adapters": "ops.adapters", "bench": "ops.bench.cli", "explain": "ops.explain", "simulate": "ops.simulate.cli"}
+_LAZY = {
+    "adapters": "ops.adapters",
+    "bench": "ops.bench.cli",
+    "explain": "ops.explain",
+    "quantize": "ops.quantize",
+    "quantize-report": "ops.quantize_report",
+    "simulate": "ops.simulate.cli",
+    "train-draft": "ops.train_draft",
+    "train-lora": "ops.train_lora",
+}
 """Verbs whose own module holds them, under their name."""
 
 
@@ -41,7 +50,7 @@ class Verbs(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in _LAZY and find_spec(_LAZY[cmd_name]):
-            command: click.Command = getattr(import_module(_LAZY[cmd_name]), cmd_name)
+            command: click.Command = getattr(import_module(_LAZY[cmd_name]), cmd_name.replace("-", "_"))
             return command
         return super().get_command(ctx, cmd_name)
 

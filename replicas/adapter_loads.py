@@ -1,16 +1,18 @@
 """Loading adapters into slots: a few at a time, in the order asked for, with what each load takes learnt on the way.
 
 want ─► queue (requests', then prefetches) ─► a loader and a slot are free ─► unload the evicted ─► load ─► end
+
+Slots are counted free before the engine has unloaded: so unloads, and loads before they begin, go one after another.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 
-from replicas.adapter_slots import AdapterSlots, Claim
+from replicas.adapter_slots import AdapterSlots
 from replicas.contract import AdapterSpec, Engine, EngineDeadError, EngineError, Fault
 
 log = logging.getLogger(__name__)
@@ -58,12 +60,18 @@ class AdapterLoader:
         self._wanted: dict[str, _Load] = {}
         self._early: dict[str, _Load] = {}
         self._begun: dict[str, _Load] = {}
+        self._loaded: dict[str, AdapterSpec] = {}
+        self._unloading = asyncio.Lock()  # first come, first served
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
     def is_under_way(self, adapter_id: str) -> bool:
         """Begun or queued."""
         return adapter_id in self._begun or adapter_id in self._wanted or adapter_id in self._early
+
+    def loaded_as(self, adapter_id: str) -> AdapterSpec | None:
+        """What a resident adapter was loaded from."""
+        return self._loaded.get(adapter_id)
 
     def want(self, spec: AdapterSpec) -> None:
         """A request waits for it: after those wanted before, before every prefetch. Idempotent."""
@@ -90,15 +98,28 @@ class AdapterLoader:
             if not queue:
                 return
             adapter_id = next(iter(queue))
-            claim = self._slots.claim(adapter_id)
+            claim = self._slots.claim(adapter_id, queue[adapter_id].spec.rank)
             if claim is None:
                 return
             load = self._begun[adapter_id] = queue.pop(adapter_id)
             load.began = self._clock()
-            task = asyncio.create_task(self._run(load, claim), name=f"load {adapter_id}")
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            for evicted in claim.evicted:
+                self._loaded.pop(evicted, None)
+            self._spawn(self._run(load, claim.evicted), f"load {adapter_id}")
             self.on_change()
+
+    async def unload(self, adapter_id: str) -> None:
+        """Takes an idle resident adapter out, after every unload begun before. Raises EngineError."""
+        self._loaded.pop(adapter_id, None)
+        if self._slots.is_resident(adapter_id):
+            self._slots.drop(adapter_id)
+        await self._unload(adapter_id)
+
+    def drop(self, adapter_id: str) -> None:
+        """`unload` of one that is of no use any more; nobody waits for it."""
+        self._loaded.pop(adapter_id, None)
+        self._slots.drop(adapter_id)
+        self._spawn(self._drop(adapter_id), f"unload {adapter_id}")
 
     def left(self) -> tuple[tuple[str, float], ...]:
         """Those under way, with the seconds each has probably left."""
@@ -132,23 +153,41 @@ class AdapterLoader:
         assert load.began is not None
         return max(0.0, self.times.estimate_s(load.spec.rank) - (now - load.began))
 
-    async def _run(self, load: _Load, claim: Claim) -> None:
+    def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _unload(self, adapter_id: str) -> None:
+        async with self._unloading:
+            await self._engine.unload_adapter(adapter_id)
+        self.pump()
+
+    async def _drop(self, adapter_id: str) -> None:
+        try:
+            await self._unload(adapter_id)
+        except EngineError as error:
+            log.warning("adapter %s cannot be unloaded: %s", adapter_id, error)
+
+    async def _run(self, load: _Load, evicted: tuple[str, ...]) -> None:
         adapter_id = load.spec.adapter_id
-        fault = await self._load(load.spec, claim)
+        fault = await self._load(load.spec, evicted)
         del self._begun[adapter_id]
         if fault is None:
             self._slots.loaded(adapter_id)
+            self._loaded[adapter_id] = load.spec
         else:
             self._slots.failed(adapter_id)
         self.on_end(adapter_id, fault)
         self.on_change()
         self.pump()
 
-    async def _load(self, spec: AdapterSpec, claim: Claim) -> Fault | None:
+    async def _load(self, spec: AdapterSpec, evicted: tuple[str, ...]) -> Fault | None:
         """Makes the engine do it; returns why it could not."""
         try:
-            if claim.evicted is not None:
-                await self._engine.unload_adapter(claim.evicted)
+            async with self._unloading:  # one that evicts nobody may count on room that is still being made
+                for name in evicted:
+                    await self._engine.unload_adapter(name)
             began = self._clock()
             await self._engine.load_adapter(spec)
         except EngineDeadError as error:

@@ -29,10 +29,19 @@ class CatalogueSource:
         self._watch = watch
 
     def find(self, adapter_id: str) -> AdapterSpec | None:
-        adapter = self._watch.catalogue.find(adapter_id)
+        catalogue = self._watch.catalogue
+        adapter = catalogue.find(adapter_id)
         if adapter is None:
             return None
-        return AdapterSpec(adapter_id=adapter_id, path=adapter.path, rank=adapter.rank, num_bytes=adapter.num_bytes)
+        current = catalogue.named(adapter.name)  # none while the first of a name is being tried
+        return AdapterSpec(
+            adapter_id=adapter_id,
+            path=adapter.path,
+            rank=adapter.rank,
+            num_bytes=adapter.num_bytes,
+            digest=adapter.digest,
+            pinned=adapter.pinned and current in (None, adapter),  # one that was replaced need not be kept
+        )
 
     async def refresh(self) -> None:
         with contextlib.suppress(StoreError):

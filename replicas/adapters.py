@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from replicas.adapter_holds import HoldLimits, Holds
 from replicas.adapter_loads import AdapterLoader, not_found
 from replicas.adapter_slots import AdapterSlots
 from replicas.adapter_source import AdapterSource
@@ -64,13 +65,14 @@ class AdapterEngine:
         self._options = options or AdapterOptions()
         self._clock = self._options.clock
         self._slots = AdapterSlots(0)
+        self._max_rank = 0
         self._loader = AdapterLoader(engine, self._slots, self._options.max_loads, self._clock)
         self._room = WaitingRoom()
         self._uses: dict[str, tuple[str, float]] = {}  # request → adapter, since when
         self._use_s = 0.0
         self._given: dict[str, AdapterSpec] = {}
-        self._early: set[str] = set()
-        self._held: dict[str, asyncio.TimerHandle] = {}
+        self._early: dict[str, int] = {}  # adapter → rank
+        self._holds = Holds(self._slots, HoldLimits(self._options.hold_s), self._loader.pump)
         self._failed: dict[str, tuple[Fault, float]] = {}
         self._searches: dict[str, asyncio.Task[None]] = {}
         self._sink: StepSink | None = None
@@ -83,8 +85,11 @@ class AdapterEngine:
         """Starts the engine within. Raises EngineError."""
         self._sink = sink
         facts = await self._engine.start(self._deliver)
-        self._slots = AdapterSlots(facts.max_adapters)
+        self._slots = AdapterSlots(facts.max_adapters, max_ranks=facts.adapter_pool_ranks)
+        self._max_rank = facts.max_adapter_rank
         self._loader = AdapterLoader(self._engine, self._slots, self._options.max_loads, self._clock)
+        limits = HoldLimits(self._options.hold_s, self._max_rank)
+        self._holds = Holds(self._slots, limits, self._loader.pump)
         self._loader.on_end = self._on_end
         self._loader.on_change = lambda: self.on_change()
         return facts
@@ -96,7 +101,7 @@ class AdapterEngine:
             self._engine.submit(request)
             return
         self._slots.used(adapter_id, self._clock())
-        if self._slots.is_resident(adapter_id):
+        if self._is_usable(adapter_id):
             self._run(request, adapter_id)
             return
         fault = self._refusal(request, adapter_id)
@@ -115,7 +120,7 @@ class AdapterEngine:
         if request.adapter not in self._room.adapters:
             self._loader.forget(request.adapter)
             if not self._loader.is_under_way(request.adapter):
-                self._early.discard(request.adapter)
+                self._early.pop(request.adapter, None)
         delta = StepDelta(request_id, request.attempt, finish_reason="abort")
         asyncio.get_running_loop().call_soon(self._emit, [delta])
 
@@ -124,6 +129,9 @@ class AdapterEngine:
         if not self._slots.num_slots:
             await self._engine.load_adapter(adapter)
         elif not self._slots.is_resident(adapter.adapter_id):
+            too_large = self._too_large(adapter)
+            if too_large is not None:
+                raise EngineError(too_large.message)
             self._given[adapter.adapter_id] = adapter
             loaded = self._room.add_caller(adapter.adapter_id)
             self._want(adapter.adapter_id)
@@ -131,23 +139,25 @@ class AdapterEngine:
 
     async def unload_adapter(self, adapter_id: str) -> None:
         """Takes an adapter out of its slot. Raises EngineError while it is in use or on its way."""
-        self._let_go(adapter_id)
+        self._holds.release(adapter_id)
         if self._loader.is_under_way(adapter_id) or self._slots.is_in_use(adapter_id):
             raise EngineError(f"adapter {adapter_id} is in use")
         self._given.pop(adapter_id, None)
-        if self._slots.is_resident(adapter_id):
-            self._slots.drop(adapter_id)
-        await self._engine.unload_adapter(adapter_id)
-        self._loader.pump()
+        await self._loader.unload(adapter_id)
 
     def prefetch(self, adapter_id: str) -> None:
-        """A request for it will come soon. Only a hint: at most half of the slots are kept for prefetched adapters."""
+        """A request for it will come soon. Only a hint: at most half of the slots are kept for prefetched adapters,
+        all but one for those that the catalogue pins, and the others always have room for one of the largest rank."""
         slots = self._slots
         if self._closing or slots.is_resident(adapter_id) or self._loader.is_under_way(adapter_id):
             return
         spec = self._spec(adapter_id)
-        if spec is not None and len(self._held) + len(self._early) < slots.num_slots // 2:
-            self._early.add(adapter_id)
+        if spec is None or self._too_large(spec) is not None:
+            return
+        most = slots.num_slots - 1 if spec.pinned else slots.num_slots // 2
+        has_room = self._holds.has_room(spec.rank + sum(self._early.values()))
+        if self._holds.num_timed + len(self._early) < most and has_room:
+            self._early[adapter_id] = spec.rank
             self._loader.prefetch(spec)
 
     def stats(self) -> EngineStats:
@@ -182,8 +192,7 @@ class AdapterEngine:
     async def close(self) -> None:
         """Stops at once; open requests end with `engine_dead`. Idempotent."""
         self._closing = True
-        for adapter_id in list(self._held):
-            self._let_go(adapter_id)
+        self._holds.close()
         for task in self._searches.values():
             task.cancel()
         await self._loader.close()
@@ -204,8 +213,13 @@ class AdapterEngine:
         if len(self._room) >= self._options.max_waiting:
             message = f"the engine is full: {len(self._room)} requests wait for adapters"
             return Fault("overloaded", message, retryable=True)
+        if self._slots.is_resident(adapter_id):  # not usable, and not dropped: it is in use
+            return not_found(adapter_id, "has other weights now than those that are loaded and still in use")
         fault, until = self._failed.get(adapter_id, (None, 0.0))
-        return fault if self._clock() < until else None
+        if self._clock() < until:
+            return fault
+        spec = self._spec(adapter_id)
+        return None if spec is None else self._too_large(spec)
 
     def _run(self, request: GenerateRequest, adapter_id: str) -> None:
         """Gives a request whose adapter is resident to the engine. Raises RefusedError."""
@@ -216,7 +230,10 @@ class AdapterEngine:
             self._slots.unpin(adapter_id)
             raise
         self._uses[request.request_id] = (adapter_id, self._clock())
-        self._let_go(adapter_id)
+        self._holds.end(adapter_id)
+        if not self._holds.is_kept(adapter_id) and self._is_pinned(adapter_id):  # it was pinned after it was loaded
+            self._holds.review(self._is_pinned)
+            self._holds.keep(adapter_id)
 
     def _begin(self, waiting: Waiting, adapter_id: str) -> Fault | None:
         """Hands over a request that has waited; returns why it will not run."""
@@ -257,6 +274,8 @@ class AdapterEngine:
 
     def _want(self, adapter_id: str) -> None:
         """Sees that the adapter is on its way; one that is unknown here is looked for first."""
+        self._drop_outdated()
+        self._holds.review(self._is_pinned)
         spec = self._spec(adapter_id)
         if spec is not None:
             self._loader.want(spec)
@@ -265,13 +284,47 @@ class AdapterEngine:
             self._searches[adapter_id] = task
             task.add_done_callback(lambda _: self._searches.pop(adapter_id, None))
 
+    def _is_usable(self, adapter_id: str) -> bool:
+        """Whether an adapter is resident, with the weights the catalogue means; with others it is dropped if idle."""
+        if not self._slots.is_resident(adapter_id):
+            return False
+        if not self._is_outdated(adapter_id):
+            return True
+        self._drop_if_idle(adapter_id)
+        return self._slots.is_resident(adapter_id) and self._spec(adapter_id) is None  # removed: those who run, run
+
+    def _is_outdated(self, adapter_id: str) -> bool:
+        """Whether the catalogue has no such adapter any more, or means other files."""
+        spec, loaded = self._spec(adapter_id), self._loader.loaded_as(adapter_id)
+        return spec is None or (loaded is not None and _files(spec) != _files(loaded))
+
+    def _drop_if_idle(self, adapter_id: str) -> None:
+        self._holds.release(adapter_id)
+        if self._slots.is_resident(adapter_id) and not self._slots.is_in_use(adapter_id):
+            self._loader.drop(adapter_id)
+
+    def _drop_outdated(self) -> None:
+        for adapter_id in [name for name in self._slots.resident if self._is_outdated(name)]:
+            self._drop_if_idle(adapter_id)
+
+    def _is_pinned(self, adapter_id: str) -> bool:
+        spec = self._spec(adapter_id)
+        return spec is not None and spec.pinned
+
+    def _too_large(self, spec: AdapterSpec) -> Fault | None:
+        """Why an adapter can never be loaded here: it would wait for room in vain."""
+        if spec.rank <= self._max_rank:
+            return None
+        return not_found(spec.adapter_id, f"has rank {spec.rank}, the most is {self._max_rank}")
+
     async def _search(self, adapter_id: str) -> None:
         """An ingress may have heard of it before this replica did."""
         await self._source.refresh()
         spec = self._spec(adapter_id)
-        if spec is None:
-            self._fail(adapter_id, not_found(adapter_id, "is not in the catalogue"))
-        elif adapter_id in self._room.adapters:
+        fault = not_found(adapter_id, "is not in the catalogue") if spec is None else self._too_large(spec)
+        if fault is not None:
+            self._fail(adapter_id, fault)
+        elif spec is not None and adapter_id in self._room.adapters:
             self._loader.want(spec)
 
     def _on_end(self, adapter_id: str, fault: Fault | None) -> None:
@@ -282,9 +335,11 @@ class AdapterEngine:
         waiters = self._room.take(adapter_id)
         self._failed.pop(adapter_id, None)
         if adapter_id in self._early:
-            self._early.remove(adapter_id)
+            del self._early[adapter_id]
             if not waiters.requests:
-                self._hold(adapter_id)
+                self._holds.begin(adapter_id)
+        if self._is_pinned(adapter_id):
+            self._holds.keep(adapter_id)
         for caller in waiters.callers:
             if not caller.done():
                 caller.set_result(None)
@@ -295,7 +350,7 @@ class AdapterEngine:
 
     def _fail(self, adapter_id: str, fault: Fault) -> None:
         """Ends everybody who waits for an adapter, and nobody else."""
-        self._early.discard(adapter_id)
+        self._early.pop(adapter_id, None)
         self._failed[adapter_id] = (fault, self._clock() + self._options.retry_s)
         if len(self._failed) > MAX_NOTED_FAILURES:
             del self._failed[next(iter(self._failed))]
@@ -306,19 +361,9 @@ class AdapterEngine:
         if waiters.requests:
             self._emit([_terminal(waiting, fault) for waiting in waiters.requests.values()])
 
-    def _hold(self, adapter_id: str) -> None:
-        """Keeps a prefetched adapter until it is used, for a while."""
-        self._slots.pin(adapter_id)
-        loop = asyncio.get_running_loop()
-        self._held[adapter_id] = loop.call_later(self._options.hold_s, self._let_go, adapter_id)
 
-    def _let_go(self, adapter_id: str) -> None:
-        """Ends a hold; no-op when there is none."""
-        timer = self._held.pop(adapter_id, None)
-        if timer is not None:
-            timer.cancel()
-            self._slots.unpin(adapter_id)
-            self._loader.pump()
+def _files(spec: AdapterSpec) -> tuple[str, str, int]:
+    return spec.digest, spec.path, spec.rank
 
 
 def _terminal(waiting: Waiting, fault: Fault) -> StepDelta:

@@ -18,8 +18,11 @@ from typing import Annotated, Literal, Protocol, TypeAlias
 import msgspec
 from msgspec import Meta
 
+from configs.grammars.source import GrammarSource
+
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
-"""stop: EOS, stop string or stop token. length: max_tokens or context's end. abort: cancelled. error: see `fault`."""
+"""stop: EOS, stop string, stop token, or a constraint that allows no more. length: max_tokens or context's end. abort:
+cancelled. error: see `fault`."""
 
 
 def pack_tokens(token_ids: Sequence[int]) -> bytes:
@@ -34,12 +37,21 @@ def unpack_tokens(packed: bytes) -> array[int]:
     return tokens
 
 
+class Constraint(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the text of an answer must match, whole. `param` is the client's field that asked for it, to be named in
+    errors."""
+
+    source: GrammarSource
+    param: str = "response_format"
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to pick tokens. OpenAI's and vLLM's names and meanings; every bound was checked at the gateway.
 
     `temperature` 0 is greedy. `seed` is always set (the gateway draws one): noise is keyed (seed, output position),
     so a resumed request draws what it would have drawn. `logprobs` = how many alternatives besides the sampled token
     (0 = the sampled one alone, None = no logprobs). `prompt_logprobs` likewise for prompt tokens (echo scoring).
+    `constraint` bans tokens before temperature and truncation; logprobs stay those of the model.
     `max_tokens` counts produced tokens, those of `GenerateRequest.produced` included.
     """
 
@@ -61,6 +73,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    constraint: Constraint | None = None
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -117,6 +130,8 @@ FAULT_CODES = frozenset(
         "context_length_exceeded",  # prompt (plus produced) can never fit this engine
         "unsupported_parameter",  # a capability `EngineFacts` says is missing
         "adapter_not_found",
+        "invalid_grammar",  # a constraint that cannot be compiled
+        "grammar_too_complex",  # a constraint beyond the bounds on time and memory, when compiled or when followed
         "overloaded",  # the engine's own waiting queue is full
         "draining",
         "deadline_exceeded",
@@ -146,7 +161,12 @@ class StepDelta(msgspec.Struct, array_like=True, omit_defaults=True):
 
 
 class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine found about itself at start: limits and abilities. Returned, never written back to a config."""
+    """What an engine found about itself at start: limits and abilities. Returned, never written back to a config.
+
+    `max_adapters` LoRA adapters can be resident, each of `max_adapter_rank` at most, as long as their ranks sum to at
+    most `adapter_pool_ranks`. `speculative` is the method of speculative decoding, if any, `quantization` that of the
+    weights; `kv_cache_dtype` what keys and values are stored as.
+    """
 
     engine: str
     model: str
@@ -158,15 +178,21 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = ""
+    quantization: str = ""
+    weight_bytes: int = 0
+    kv_cache_dtype: str = ""
     device: str = ""
     kv_bytes: int = 0
     prefill_order: str = "fcfs"
     max_logprobs: int = 20
     max_adapters: int = 0
+    max_adapter_rank: int = 0
+    adapter_pool_ranks: int = 0
     exact_resume: bool = False
     structured: bool = False
     prompt_logprobs: bool = False
     events: bool = False
+    speculative: str = ""
     self_check: str = "skipped"
 
     @property
@@ -189,6 +215,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     `wanted_tokens`: prompt tokens it wants pending before a newcomer, so as never to idle while an ingress hears of it
     and answers, and no more; 0 = it does not say. `num_places`: requests it can take beyond those counted here, if it
     says what it wants. `num_unseen`: of the waiting, those that came during the step under way.
+    `num_drafts` chains or trees of guesses were checked, with `num_draft_tokens` tokens, of which
+    `num_accepted_tokens` came true: in all, and by position behind the last known token.
     """
 
     num_running: int = 0
@@ -214,15 +242,23 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     wanted_tokens: int = 0
     num_places: int = 0
     num_unseen: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_accepted_by_position: tuple[int, ...] = ()
 
 
 class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A LoRA adapter: `adapter_id` is `name@version`, `rank` its low-rank dimension, `num_bytes` its size on disk."""
+    """A LoRA adapter: `adapter_id` is `name@version`, `rank` its low-rank dimension, `num_bytes` its size on disk,
+    `digest` (`configs.lora`) that of its files when it was added, empty where nobody looked. One that is `pinned` keeps
+    its slot."""
 
     adapter_id: str
     path: str = ""
     rank: int = 8
     num_bytes: int = 0
+    digest: str = ""
+    pinned: bool = False
 
 
 class BlocksStored(msgspec.Struct, frozen=True, tag="stored", array_like=True):

@@ -6,6 +6,7 @@ start   load ─► listen ─► announce            drain   withdraw ─► re
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import socket
@@ -15,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+import msgspec
+
+from configs.catalogue import model_dir
 from configs.runtime import MAX_SOCKET_NAME, Runtime
 from configs.schema import Config, EngineConfig, GroupConfig
 from configs.tokenizer import ModelFiles, load_model_files
@@ -27,7 +31,7 @@ from replicas.kv_blocks import BlocksOptions, RouteBlocks
 from replicas.kv_publisher import KvPlace, KvPublisher
 from routing.adapters import AdapterWatch, declared
 from routing.registry import Announcement, Load, Member
-from routing.store import Store, StoreOptions
+from routing.store import Store, StoreError, StoreOptions
 
 EngineBuilder: TypeAlias = Callable[[ModelFiles, EngineConfig, str], Engine]
 """(files, config, model id) → an engine without text, not yet started. Runs outside the event loop."""
@@ -42,9 +46,10 @@ def _native(files: ModelFiles, config: EngineConfig, model_id: str) -> Engine:
 
 
 def _sim(files: ModelFiles, config: EngineConfig, model_id: str) -> Engine:
-    from replicas.sim_engine import sim_engine
+    from replicas.sim_engine import SimOptions, sim_engine
 
-    return sim_engine(config, files.vocab_size, files.special.eos, model_id)
+    options = SimOptions(tokenizer_json=files.tokenizer.to_str())
+    return sim_engine(config, files.vocab_size, files.special.eos, model_id, options)
 
 
 _BUILDERS: dict[str, EngineBuilder] = {"native": _native, "sim": _sim}
@@ -100,12 +105,21 @@ class ReplicaHost:
             raise
         self._started_at = self._options.wall_clock()
         if facts.max_adapters:
+            await self._fetch_pinned(adapters)
             self._catalogue.start()
         if facts.events:
             self._publisher = self._publish(engine, facts)
         self._announcement = Announcement(self._store, self._member(facts), self._load_now)
         self._announcement.start()
         return facts
+
+    async def _fetch_pinned(self, adapters: AdapterEngine) -> None:
+        """Begins to load what is to be kept anyway."""
+        with contextlib.suppress(StoreError):
+            await self._catalogue.refresh()
+        for adapter in self._catalogue.catalogue.current():
+            if adapter.pinned and adapter.base_model == self._group.model:
+                adapters.prefetch(adapter.adapter_id)
 
     async def check_health(self) -> None:
         """Raises EngineDeadError when this process should be replaced; it then takes itself out of the membership."""
@@ -148,7 +162,7 @@ class ReplicaHost:
         files = load_model_files(model.source, self._runtime.home)
         engine = self._group.engine
         options = AdapterOptions(max_loads=engine.max_adapter_loads, max_waiting=engine.max_waiting)
-        built = self._options.build(files, engine, model.id)
+        built = self._options.build(files, _located(engine, self._runtime.home), model.id)
         adapters = AdapterEngine(built, CatalogueSource(self._catalogue), options)
         return adapters, TextEngine(adapters, files.tokenizer)
 
@@ -209,6 +223,15 @@ class ReplicaHost:
             started_at=self._started_at,
             engine=facts.engine,
         )
+
+
+def _located(config: EngineConfig, home: Path) -> EngineConfig:
+    """The profile's settings with the folder of the model that guesses, where there is one."""
+    guessing = config.speculative
+    if guessing is None or guessing.model is None:
+        return config
+    located = msgspec.structs.replace(guessing, model=str(model_dir(guessing.model, home)))
+    return msgspec.structs.replace(config, speculative=located)
 
 
 def socket_name(replica_id: str) -> str:

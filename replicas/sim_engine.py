@@ -19,8 +19,12 @@ from replicas.engine.block_pool import BlockPool
 from replicas.engine.core import EngineCore
 from replicas.engine.loop import BuiltEngine, ThreadedEngine
 from replicas.engine.scheduler import Scheduler, SchedulerConfig
-from replicas.engine.sequence import Plan, PlanItem, Sampled, StepResult
-from replicas.sim_model import MASK, STEP, SimModel, root_state
+from replicas.engine.sequence import Plan, PlanItem, Sampled, SamplePoint, Sequence, StepResult
+from replicas.engine.speculative.setup import MODEL_METHODS, speculator, without_model
+from replicas.engine.speculative.speculator import Speculator
+from replicas.engine.structured.store import make_grammars
+from replicas.sim_drafter import SimDrafter
+from replicas.sim_model import MASK, STEP, SimModel, next_state, root_state
 
 PRINTABLE_ASCII = tuple(range(0x20, 0x7F))
 """What `sim:bytes` shows as text: its ids below 256 are bytes."""
@@ -30,11 +34,15 @@ _REFERENCE_RANK = 8
 
 @dataclass(frozen=True, slots=True)
 class SimOptions:
-    """What tests replace: the ids the model speaks in, the clock (seconds, monotonic) and how time passes."""
+    """What tests replace: the ids the model speaks in, the clock (seconds, monotonic) and how time passes.
+
+    `tokenizer_json`: the model's tokenizer; without it answers cannot follow grammars.
+    """
 
     alphabet: tuple[int, ...] = PRINTABLE_ASCII
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
+    tokenizer_json: str | None = None
 
 
 def sim_engine(
@@ -58,6 +66,7 @@ def build_sim(config: EngineConfig, model: SimModel, model_name: str, options: S
     scheduler = Scheduler(replace(limits, max_adapters=sim.max_adapters), pool, options.clock)
     adapters = SimAdapters(sim, options.sleep)
     runner = SimRunner(model, pool, adapters, Pace(sim, options))
+    grammars = make_grammars(config, options.tokenizer_json, model.vocab_size, model.eos_token_ids)
     facts = EngineFacts(
         engine="sim",
         model=model_name,
@@ -72,11 +81,25 @@ def build_sim(config: EngineConfig, model: SimModel, model_name: str, options: S
         device="sim",
         prefill_order=config.order,
         max_adapters=sim.max_adapters,
+        max_adapter_rank=sim.max_adapter_rank if sim.max_adapters else 0,
+        adapter_pool_ranks=sim.max_adapters * sim.max_adapter_rank,
         exact_resume=True,
+        structured=grammars is not None,
         prompt_logprobs=True,
         events=config.prefix_caching,
+        speculative=config.speculative.method if config.speculative else "",
     )
-    return BuiltEngine(EngineCore(scheduler, runner, options.clock, adapters), facts)
+    core = EngineCore(scheduler, runner, options.clock, adapters, _speculator(config, runner))
+    return BuiltEngine(core, facts, grammars)
+
+
+def _speculator(config: EngineConfig, runner: SimRunner) -> Speculator | None:
+    """Methods that look at tokens alone are the real ones; a model's guesses are pretended."""
+    if config.speculative is None:
+        return None
+    if config.speculative.method not in MODEL_METHODS:
+        return speculator(config.speculative, without_model(config.speculative))
+    return speculator(config.speculative, SimDrafter(runner.model, config.sim.draft_acceptance, runner.state_of))
 
 
 class Pace:
@@ -91,11 +114,13 @@ class Pace:
 
     def wait(self, plan: Plan, started: float) -> None:
         """Sleeps until the step that began at `started` has taken its time."""
-        num_decodes = sum(1 for item in plan.items if item.samples and item.num_tokens == 1)
+        num_decodes = sum(1 for item in plan.items if item.samples and item.num_known == 1)
+        num_drafts = sum(len(item.drafts) for item in plan.items)
         step_s = (
             self._sim.step_base_s
             + self._sim.step_per_sequence_s * len(plan.items)
-            + (plan.num_tokens - num_decodes) / self._sim.prefill_tokens_per_s
+            + self._sim.step_per_draft_s * num_drafts
+            + (plan.num_tokens - num_decodes - num_drafts) / self._sim.prefill_tokens_per_s
         )
         left_s = started + step_s - self._options.clock()
         if left_s > 0:
@@ -163,22 +188,64 @@ class SimRunner:
         for source, target in plan.copies:
             size = self.block_size
             self.kv[target * size : (target + 1) * size] = self.kv[source * size : (source + 1) * size]
-        sampled: list[Sampled] = []
+        sampled: list[tuple[Sampled, ...]] = []
+        draws: dict[str, tuple[int, ...]] = {}
         prompt_logprobs: dict[str, tuple[TokenLogprob, ...]] = {}
         for item in plan.items:
-            state = self._compute(item)
             seq = item.seq
+            self._compute(item)
             if item.samples:
-                sampled.append(self.model.sample(state, seq.request.sampling, seq.num_output))
+                drawn = self._draw(item)
+                draws[seq.request_id] = tuple(token.token_id for token in drawn)
+                sampled.append(tuple(drawn[row] for row in self._keep(item, draws[seq.request_id])))
             if seq.request.sampling.prompt_logprobs is not None:
                 prompt_logprobs[seq.request_id] = self._prompt_logprobs(item)
         self._pace.wait(plan, started)
-        return StepResult(tuple(sampled), prompt_logprobs)
+        return StepResult(tuple(sampled), prompt_logprobs, draws)
 
-    def _compute(self, item: PlanItem) -> int:
-        """Writes the states of the item's tokens; returns the last."""
+    def state_of(self, seq: Sequence) -> int:
+        """The state after all tokens of a sequence of which only the last is not computed."""
+        last = seq.num_tokens - 1
+        before = root_state(seq.request.adapter) if last == 0 else self.kv[self._slot(seq, last - 1)]
+        return next_state(before, seq.tokens[last])
+
+    def _draw(self, item: PlanItem) -> list[Sampled]:
+        """The tokens drawn at the last known one and at every draft."""
+        last, sampling = item.start + item.num_known - 1, item.seq.request.sampling
+        return [
+            self.model.sample(self._state_at(item, last + row), sampling, point.num_output, self._allowed(point))
+            for row, point in enumerate(item.points)
+        ]
+
+    def _allowed(self, point: SamplePoint) -> list[int] | None:
+        """What the grammar of a constrained sequence lets the model say: of its alphabet and to end the answer, or, if
+        there is none of that, anything. An answer that is complete may end before `min_tokens`."""
+        grammar, eos = point.seq.grammar, self.model.eos_token_ids
+        mask = None if grammar is None else grammar.allowed(point.path)
+        if mask is None:
+            return None
+        own = [t for t in (*self.model.alphabet, *eos) if mask[t >> 3] >> (t & 7) & 1]
+        allowed = own or [t for t in range(self.model.vocab_size) if mask[t >> 3] >> (t & 7) & 1]
+        banned = point.banned(eos)
+        return [t for t in allowed if t not in banned] or allowed
+
+    def _keep(self, item: PlanItem, draws: tuple[int, ...]) -> tuple[int, ...]:
+        """Moves the states of the confirmed drafts to their places behind one another; row 0 and theirs."""
+        last, rows = item.start + item.num_known - 1, item.drafts.accepted(draws)
+        for depth, row in enumerate(rows, 1):
+            self.kv[self._slot(item.seq, last + depth)] = self._state_at(item, last + row)
+        return 0, *rows
+
+    def _compute(self, item: PlanItem) -> None:
+        """Writes the states of the item's tokens, then those of its drafts, each from its parent's."""
+        self._compute_known(item)
+        last = item.start + item.num_known - 1
+        for row, (token_id, parent) in enumerate(zip(item.drafts.token_ids, item.drafts.parents, strict=True), 1):
+            self.kv[self._slot(item.seq, last + row)] = next_state(self._state_at(item, last + parent), token_id)
+
+    def _compute_known(self, item: PlanItem) -> None:
         kv, size, table, tokens = self.kv, self.block_size, item.seq.block_ids, item.seq.tokens
-        position, end = item.start, item.start + item.num_tokens
+        position, end = item.start, item.start + item.num_known
         state = root_state(item.seq.request.adapter) if position == 0 else self._state_at(item, position - 1)
         while position < end:
             in_block = position % size
@@ -190,11 +257,13 @@ class SimRunner:
                 kv[slot] = state
                 slot += 1
             position = stop
-        return state
 
     def _state_at(self, item: PlanItem, position: int) -> int:
-        """The state after the token at `position`, read from the cache."""
-        return self.kv[item.seq.block_ids[position // self.block_size] * self.block_size + position % self.block_size]
+        """The state after the token in a slot, which is its position but for drafts; read from the cache."""
+        return self.kv[self._slot(item.seq, position)]
+
+    def _slot(self, seq: Sequence, position: int) -> int:
+        return seq.block_ids[position // self.block_size] * self.block_size + position % self.block_size
 
     def _prompt_logprobs(self, item: PlanItem) -> tuple[TokenLogprob, ...]:
         seq = item.seq

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -68,31 +68,30 @@ class SimModel:
     def num_ranks(self) -> int:
         return min(MAX_RANKS, len(self.alphabet))
 
-    def sample(self, state: int, sampling: SamplingParams, num_output: int) -> Sampled:
+    def sample(
+        self, state: int, sampling: SamplingParams, num_output: int, allowed: Sequence[int] | None = None
+    ) -> Sampled:
         """The next token after `num_output` outputs. Greedy takes the likeliest; else the draw depends on (seed,
-        position) as well."""
+        position) as well. `allowed`: the only tokens there are, instead of the alphabet."""
         noise = 0
         if sampling.temperature > 0:
             noise = scramble((sampling.seed * STEP + num_output + 1) & MASK)
-        token_id = self._eos(state ^ noise, sampling, num_output)
+        token_id = None if allowed else self._eos(state ^ noise, sampling, num_output)
         if token_id is None:
             # Trailing zeros of a random number: r with probability 2^-(r+1).
             draw = scramble(state ^ noise) | (1 << (self.num_ranks - 1))
             rank = (draw & -draw).bit_length() - 1 if noise else 0
-            token_id = self._token(state, rank)
+            token_id = _ranked(allowed or self.alphabet, state, rank)
         if sampling.logprobs is None:
             return Sampled(token_id)
         return Sampled(token_id, self.logprob(state, token_id, sampling.logprobs))
 
     def logprob(self, state: int, token_id: int, num_top: int) -> TokenLogprob:
         """The logprob of `token_id` in this state, with the `num_top` likeliest tokens."""
-        top = tuple((self._token(state, rank), -(rank + 1) * _LN2) for rank in range(self.num_ranks))
+        top = tuple((_ranked(self.alphabet, state, rank), -(rank + 1) * _LN2) for rank in range(self.num_ranks))
         num_rest = max(1, self.vocab_size - self.num_ranks)
         logprob = dict(top).get(token_id, -self.num_ranks * _LN2 - math.log(num_rest))
         return TokenLogprob(token_id, logprob, top[:num_top])
-
-    def _token(self, state: int, rank: int) -> int:
-        return self.alphabet[(scramble(state) + rank) % len(self.alphabet)]
 
     def _eos(self, draw: int, sampling: SamplingParams, num_output: int) -> int | None:
         if self.mean_output_tokens is None or sampling.ignore_eos or num_output < sampling.min_tokens:
@@ -115,3 +114,7 @@ class SimModel:
             if token_id in stops and num_output + 1 >= sampling.min_tokens:
                 break
         return tokens[num_prompt:]
+
+
+def _ranked(token_ids: Sequence[int], state: int, rank: int) -> int:
+    return token_ids[(scramble(state) + rank) % len(token_ids)]

@@ -27,12 +27,30 @@ from routing.store import BadValueError, Command, Reply, Store, StoreError, Stor
 log = logging.getLogger(__name__)
 
 MAX_ADAPTERS = 10_000
+MAX_REMOVALS = 2 * MAX_ADAPTERS
+"""The newest are remembered."""
+
+MAX_ENTRIES = 4 * MAX_ADAPTERS
+"""Removals included: a hash that has more was not written by us."""
+
+FORGET_S = 6 * 3600.0
+"""How long a removal is remembered. A watcher that was cut off from Redis for longer may bring the adapter back."""
+
+FORGOTTEN = "warmgate:forgotten"
+"""A name no adapter may have: its removals say how high the version numbers of forgotten adapters went."""
+
+_MAX_DIGITS = 15
+"""A version of more digits is a name, not one of the numbers that are counted on."""
+
+_OFFERED_US = -1
+"""Older than anything written or declared: not yet what its name means."""
 
 
 class Adapter(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A LoRA adapter. `path`: where replicas find it; `owner`: the one tenant that may use it, None for all.
 
-    A version names one set of weights for ever: caches are keyed by it.
+    A version names one set of weights for ever: caches are keyed by it. `digest` (`configs.lora`) lets replicas see
+    that its files are still those; empty where nobody looked. Replicas keep a `pinned` one once they have it.
     """
 
     name: ModelId
@@ -42,6 +60,8 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     rank: Annotated[int, Meta(ge=1, le=512)] = 8
     owner: Name | None = None
     num_bytes: Annotated[int, Meta(ge=0)] = 0
+    digest: str = ""
+    pinned: bool = False
 
     @property
     def adapter_id(self) -> str:
@@ -74,7 +94,7 @@ class Catalogue:
     def __init__(self, entries: Iterable[Entry]) -> None:
         live = sorted((e for e in entries if not e.removed), key=lambda e: (e.at_us, e.adapter.adapter_id))
         self._by_id = {e.adapter.adapter_id: e.adapter for e in live}
-        self._by_name = {e.adapter.name: e.adapter for e in live}
+        self._by_name = {e.adapter.name: e.adapter for e in live if e.at_us != _OFFERED_US}
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -94,6 +114,10 @@ class Catalogue:
     def find(self, adapter_id: str) -> Adapter | None:
         """The adapter of a `name@version`."""
         return self._by_id.get(adapter_id)
+
+    def versions(self, name: str) -> list[Adapter]:
+        """Every version of a name, the one written last at the end."""
+        return [adapter for adapter in self._by_id.values() if adapter.name == name]
 
 
 EMPTY = Catalogue(())
@@ -123,8 +147,8 @@ class AdapterRegistry:
     async def read(self) -> dict[str, Entry]:
         """Every entry, removals included; those that make no sense are left out. Raises StoreError."""
         reply: Reply = await self._store.execute("HGETALL", self._key)
-        if len(reply) > MAX_ADAPTERS:
-            raise StoreReplyError(f"the catalogue has {len(reply)} adapters, at most {MAX_ADAPTERS} make sense")
+        if len(reply) > MAX_ENTRIES:
+            raise StoreReplyError(f"the catalogue has {len(reply)} entries, at most {MAX_ENTRIES} make sense")
         entries: dict[str, Entry] = {}
         for raw_id, raw in reply.items():
             with contextlib.suppress(BadValueError, UnicodeDecodeError):
@@ -134,9 +158,30 @@ class AdapterRegistry:
                     entries[adapter_id] = entry
         return entries
 
-    async def write(self, entries: Iterable[Entry]) -> None:
-        """Writes entries as they are. Raises StoreError."""
-        commands: list[Command] = [("HSET", self._key, e.adapter.adapter_id, _encode(e)) for e in entries]
+    def forgotten(self, entries: Entries) -> set[str]:
+        """Removals that need not be kept: old ones, and the oldest of too many."""
+        horizon_us, floor = (self._wall_clock() - FORGET_S) * 1e6, version_floor(entries)
+        removals = {i: e for i, e in entries.items() if e.removed}
+        lower = {i for i, e in removals.items() if e.adapter.name == FORGOTTEN}
+        plain = sorted(removals.keys() - lower, key=lambda i: -removals[i].at_us)
+        old = {i for i in plain if removals[i].at_us < horizon_us}
+        return (lower - {f"{FORGOTTEN}@{floor}"}) | old | set(plain[MAX_REMOVALS:])
+
+    async def write(self, entries: Iterable[Entry], known: Entries | None = None) -> None:
+        """Writes entries as they are, and drops what is forgotten of the `known` ones, but for the highest number that
+        a version had. Raises StoreError."""
+        new = {e.adapter.adapter_id: e for e in entries}
+        commands: list[Command] = []
+        if known is not None:
+            after = {**known, **new}
+            stale = self.forgotten(after) - new.keys()
+            floor = max((_number(after[i].adapter.version) for i in stale), default=0)
+            if floor > version_floor(after):
+                mark = Adapter(name=FORGOTTEN, base_model=FORGOTTEN, version=str(floor))
+                new[mark.adapter_id] = Entry(adapter=mark, at_us=self._next_us(after), removed=True)
+                stale |= self.forgotten({**after, **new}) - new.keys()
+            commands += [("HDEL", self._key, *sorted(stale))] if stale else []
+        commands = [*(("HSET", self._key, i, _encode(e)) for i, e in new.items()), *commands]
         replies = await self._store.pipeline([*commands, ("SET", self._stamp_key, secrets.token_hex(8))])
         for reply in replies:
             if isinstance(reply, StoreReplyError):
@@ -148,32 +193,73 @@ class AdapterRegistry:
         Raises AdapterConflictError when that version has, or had, other weights; StoreError.
         """
         entries = await self.read()
-        known = entries.get(adapter.adapter_id)
-        if known is not None and _weights(known.adapter) != _weights(adapter):
-            raise AdapterConflictError(
-                f"{adapter.adapter_id} exists with other weights ({_shown(known.adapter)}); give it a new version"
-            )
-        live = sum(not entry.removed for entry in entries.values())
-        if live >= MAX_ADAPTERS and (known is None or known.removed):
-            raise AdapterConflictError(f"the catalogue is full: {live} adapters")
-        await self.write([Entry(adapter=adapter, at_us=self._next_us(entries))])
+        _check_room(adapter, entries)
+        await self.write([Entry(adapter=adapter, at_us=self._next_us(entries))], entries)
 
-    async def remove(self, name: str) -> list[Adapter]:
-        """Removes `name@version`, or every version of `name`; returns what was removed.
+    async def offer(self, adapter: Adapter) -> None:
+        """Adds a version that only its own `name@version` means: to be tried before it is added.
+
+        Raises AdapterConflictError when that version has, or had, other weights; StoreError.
+        """
+        entries = await self.read()
+        _check_room(adapter, entries)
+        await self.write([Entry(adapter=adapter, at_us=_OFFERED_US)], entries)
+
+    async def remove(self, name: str, declared: Iterable[Adapter] = ()) -> list[Adapter]:
+        """Removes `name@version`, or every version of `name`, those of the profile's that are `declared` as well;
+        returns what was removed.
 
         Raises AdapterConflictError when there is none; StoreError.
         """
         entries = await self.read()
-        gone = [e.adapter for i, e in entries.items() if not e.removed and name in (i, e.adapter.name)]
+        live = {i: e.adapter for i, e in entries.items() if not e.removed}
+        own = {adapter.adapter_id: adapter for adapter in declared if adapter.adapter_id not in entries}
+        gone = [adapter for i, adapter in {**own, **live}.items() if name in (i, adapter.name)]
         if not gone:
             raise AdapterConflictError(f"there is no adapter {name!r} in the registry")
         at_us = self._next_us(entries)
-        await self.write(Entry(adapter=adapter, at_us=at_us, removed=True) for adapter in gone)
+        await self.write([Entry(adapter=adapter, at_us=at_us, removed=True) for adapter in gone], entries)
         return gone
 
     def _next_us(self, entries: Entries) -> int:
         """Now, or later than everything written so far: a clock that is behind must not lose its write."""
         return max(round(self._wall_clock() * 1e6), 1 + max((e.at_us for e in entries.values()), default=0))
+
+
+def next_version(name: str, entries: Entries, declared: Iterable[Adapter] = ()) -> str:
+    """The next number that no version of a name has or ever had: caches and replicas may still know that one."""
+    taken = [e.adapter.version for e in entries.values() if e.adapter.name == name]
+    taken += [adapter.version for adapter in declared if adapter.name == name]
+    return str(1 + max([version_floor(entries), *map(_number, taken)]))
+
+
+def version_floor(entries: Entries) -> int:
+    """The highest number that a version of a forgotten adapter had; 0 when nothing was forgotten."""
+    return max((_number(e.adapter.version) for e in entries.values() if e.adapter.name == FORGOTTEN), default=0)
+
+
+def _number(version: str) -> int:
+    return int(version) if version.isdecimal() and len(version) <= _MAX_DIGITS else 0
+
+
+def _check_room(adapter: Adapter, entries: Entries) -> None:
+    if adapter.name == FORGOTTEN:
+        raise AdapterConflictError(f"the name {FORGOTTEN!r} is reserved")
+    known = entries.get(adapter.adapter_id)
+    if known is not None and not _same_weights(known.adapter, adapter):
+        raise AdapterConflictError(
+            f"{adapter.adapter_id} exists with other weights ({_shown(known.adapter)}); give it a new version"
+        )
+    live = sum(not entry.removed for entry in entries.values())
+    if live >= MAX_ADAPTERS and (known is None or known.removed):
+        raise AdapterConflictError(f"the catalogue is full: {live} adapters; remove some that are not used any more")
+    if known is None and len(entries) >= MAX_ENTRIES - MAX_REMOVALS // 4:
+        raise AdapterConflictError(f"the catalogue is full: {len(entries)} entries, removals included")
+
+
+def _same_weights(one: Adapter, other: Adapter) -> bool:
+    digests = {one.digest, other.digest} - {""}
+    return _weights(one) == _weights(other) and len(digests) < 2
 
 
 def _weights(adapter: Adapter) -> tuple[str, str, int, int]:
@@ -186,11 +272,13 @@ def _shown(adapter: Adapter) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterWatchOptions:
-    """Seconds. News are looked for every `poll_s`; the whole is read anew every `reread_s` in any case."""
+    """Seconds. News are looked for every `poll_s`; the whole is read anew every `reread_s` in any case. `wall_clock`:
+    Unix seconds."""
 
     poll_s: float = 0.25
     reread_s: float = 30.0
     clock: Callable[[], float] = time.monotonic
+    wall_clock: Callable[[], float] = time.time
 
 
 class AdapterWatch:
@@ -201,8 +289,8 @@ class AdapterWatch:
     """
 
     def __init__(self, store: Store, own: Sequence[Entry] = (), options: AdapterWatchOptions | None = None) -> None:
-        self._registry = AdapterRegistry(store)
         self._options = options or AdapterWatchOptions()
+        self._registry = AdapterRegistry(store, self._options.wall_clock)
         self._own = {entry.adapter.adapter_id: entry for entry in own}
         self._shared: dict[str, Entry] = {}
         self._catalogue = Catalogue(own)
@@ -236,7 +324,9 @@ class AdapterWatch:
             return
         found = await self._registry.read()
         self._stamp, self._read_at = stamp, now
-        lost = [e for i, e in self._shared.items() if i not in found or found[i].at_us < e.at_us]
+        newer = {i: e for i, e in self._shared.items() if i not in found or found[i].at_us < e.at_us}
+        stale = self._registry.forgotten({**found, **newer})
+        lost = [e for i, e in newer.items() if i not in stale]
         merged = {**found, **{entry.adapter.adapter_id: entry for entry in lost}}
         if merged != self._shared:
             self._shared = merged

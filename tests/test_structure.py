@@ -18,8 +18,8 @@ ROOMS = ("configs", "routing", "replicas", "gateway", "ops")
 LEAF = "ops.metrics"
 """A leaf that anyone may import; itself it imports nothing of ours."""
 
-TORCH_TOOLS = ("ops/convert.py", "ops/checks.py", "ops/bench/")
-"""Outside the engine: turning a GGUF into safetensors, asking for a GPU, benchmarks beside transformers."""
+TORCH_TOOLS = ("ops/convert.py", "ops/checks.py", "ops/bench/", "ops/train_lora.py")
+"""Outside the engine: turning a GGUF into safetensors, asking for a GPU, benchmarks beside transformers, PEFT."""
 
 TORCH_FREE_ENGINE_FILES = {"scheduler", "sequence", "block_pool", "core", "loop"}
 """Under replicas/engine/, but shared with the sim engine."""

@@ -8,13 +8,14 @@ from configs.schema import ModelConfig
 from gateway.api.exchange import STATUS_CLIENT_GONE, Exchange
 from gateway.api.flow import Batch
 from gateway.api.sampling import Logprobs, SamplingFields
+from gateway.api.speech import Reading
 from gateway.errors import ApiError, InternalError, from_fault
 from gateway.ledger import Outcome, UsageRecord
 from gateway.names import Named
 from gateway.prompt import Prompter
 from gateway.tenancy import Lease
 from gateway.types import Tenant
-from replicas.contract import StepDelta, TokenLogprob, unpack_tokens
+from replicas.contract import Constraint, StepDelta, TokenLogprob, unpack_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,8 @@ class Prompt:
 @dataclass(frozen=True, slots=True)
 class Call:
     """One validated request: what to generate and how to show it. `num_generated` sequences are made of each prompt,
-    `fields.num_choices` of them returned."""
+    `fields.num_choices` of them returned. `constraint`: what they must follow. `reading`: for text that is more than
+    text."""
 
     fields: SamplingFields
     model: ModelConfig
@@ -44,9 +46,13 @@ class Call:
     logprobs: Logprobs
     num_generated: int
     prompt_param: str
+    constraint: Constraint | None = None
+    reading: Reading | None = None
 
     @property
     def skip_special_tokens(self) -> bool:
+        if self.reading is not None and self.reading.shows_special:
+            return False
         return self.fields.skip_special_tokens is not False
 
 

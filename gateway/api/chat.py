@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from msgspec import Meta
 
 from gateway.api.answer import Call, Choice, Identity, Meter, Prompt
-from gateway.api.chunks import Chunks, Shape
+from gateway.api.chat_chunks import ChatChunks, ChatLogprobs, ReadChunks
+from gateway.api.chunks import Chunks
 from gateway.api.generate import Target
 from gateway.api.messages import Messages, TemplateOptions, chat_of
+from gateway.api.prompt_logprobs import shown_prompt_logprobs
+from gateway.api.read_message import message_of
 from gateway.api.sampling import MAX_LOGPROBS, Count, Logprobs, SamplingFields
-from gateway.errors import BadRequestError
-from gateway.sse import encode
-from gateway.tokens import TokenText
-from replicas.contract import StepDelta, TokenLogprob
-
-SHAPE = Shape(
-    object_name="chat.completion.chunk",
-    before_text=b'"delta":{"content":',
-    after_text=b"}",
-    no_text=b'"delta":{}',
-)
-_ROLE = b'"delta":{"role":"assistant","content":"","refusal":null},"logprobs":null,"finish_reason":null'
-NO_LOGPROB = -9999.0  # OpenAI's floor; JSON has no infinity
+from gateway.api.speech import Reading, Speech, Speeches
+from gateway.api.tools.declared import ToolChoiceField, Tools, ToolUse, tool_use
+from gateway.errors import BadRequestError, UnsupportedError
+from gateway.prompt import Chat
 
 
 class ChatRequest(SamplingFields, kw_only=True):
@@ -36,6 +30,10 @@ class ChatRequest(SamplingFields, kw_only=True):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoiceField | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
 
     @property
     def output_limit(self) -> int | None:
@@ -58,20 +56,33 @@ class ChatRoute:
     name = "chat.completions"
     id_prefix = "chatcmpl"
 
+    def __init__(self) -> None:
+        self._speeches = Speeches()
+
     async def prepare(self, fields: ChatRequest, target: Target) -> Call:
-        ids = await target.prompter.chat(chat_of(fields), target.tenant.tenant_id)
+        speech, use = self._speeches.of(target.model, target.prompter), tool_use(fields)
+        if use is not None and speech.tools is None:
+            raise UnsupportedError("This model calls no tools.", param="tools")
+        chat = chat_of(fields, use, speech)
+        text = target.prompter.render(chat)
+        reading = _reading(fields, use, target, speech, chat, text)
+        asked = fields.constraint()
         return Call(
             fields=fields,
             model=target.model,
             prompter=target.prompter,
-            prompts=(Prompt(ids),),
-            logprobs=Logprobs(output=(fields.top_logprobs or 0) if fields.logprobs else None),
+            prompts=(Prompt(await target.prompter.chat_ids(text, chat, target.tenant.tenant_id)),),
+            logprobs=Logprobs((fields.top_logprobs or 0) if fields.logprobs else None, fields.prompt_logprobs),
             num_generated=fields.num_choices,
             prompt_param="messages",
+            constraint=asked if reading is None else reading.constrained(asked),
+            reading=reading,
         )
 
     def chunks(self, call: Call, identity: Identity, meter: Meter) -> Chunks:
-        return ChatChunks(call, identity, meter)
+        if call.reading is None:
+            return ChatChunks(call, identity, meter)
+        return ReadChunks(call, call.reading, identity, meter)
 
     def whole(self, call: Call, identity: Identity, choices: list[Choice]) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -84,57 +95,37 @@ class ChatRoute:
         }
         if call.fields.return_token_ids:
             body["prompt_token_ids"] = call.prompts[0].token_ids()
+        if call.fields.prompt_logprobs is not None:
+            body["prompt_logprobs"] = shown_prompt_logprobs(call, choices[0])
         return body
 
 
-class ChatChunks(Chunks):
-    """Every choice begins with its role."""
-
-    def __init__(self, call: Call, identity: Identity, meter: Meter) -> None:
-        wanted = call.logprobs.output
-        self._scores = None if wanted is None else ChatLogprobs(call.prompter.token_text, wanted)
-        super().__init__(SHAPE, call, identity, meter)
-
-    def logprobs(self, index: int, delta: StepDelta) -> object | None:
-        return self._scores.output(delta.logprobs) if self._scores and delta.logprobs else None
-
-    def opening(self, index: int, delta: StepDelta) -> bytes:
-        if self.call.fields.return_token_ids:
-            return self.choice(index, _ROLE, b',"prompt_token_ids":' + encode(self.call.prompts[0].token_ids()))
-        return self.choice(index, _ROLE)
-
-
-class ChatLogprobs:
-    """OpenAI's `logprobs.content`: every token with exactly `num_top` alternatives."""
-
-    def __init__(self, token_text: TokenText, num_top: int) -> None:
-        self._token_text = token_text
-        self._num_top = num_top
-
-    def output(self, scored: Sequence[TokenLogprob]) -> dict[str, Any]:
-        content = []
-        for position in scored:
-            entry = self._token(position.token_id, position.logprob)
-            entry["top_logprobs"] = [self._token(*top) for top in position.top[: self._num_top]]
-            content.append(entry)
-        return {"content": content, "refusal": None}
-
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        return {
-            "token": self._token_text.label(token_id),
-            "logprob": max(logprob, NO_LOGPROB),
-            "bytes": list(self._token_text.as_bytes(token_id)),
-        }
+def _reading(
+    fields: ChatRequest, use: ToolUse | None, target: Target, speech: Speech, chat: Chat, prompt: str
+) -> Reading | None:
+    """None for text that is only text."""
+    stage = None
+    if speech.reasoning is not None:
+        stage = speech.reasoning.stage(prompt, continues=chat.continue_final_message)
+    if use is None and stage in (None, "after"):
+        return None
+    new_id = partial(speech.call_id, target.random)
+    return Reading(speech, use, stage, new_id, show_thoughts=fields.include_reasoning is not False)
 
 
 def _choice(call: Call, index: int, choice: Choice) -> dict[str, Any]:
     wanted = call.logprobs.output
     logprobs = None if wanted is None else ChatLogprobs(call.prompter.token_text, wanted).output(choice.logprobs)
+    message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+    finish_reason = choice.finish_reason
+    if call.reading is not None:
+        message, num_calls = message_of(call.reading, choice.text)
+        finish_reason = call.reading.finish_reason(finish_reason, num_calls)
     shown: dict[str, Any] = {
         "index": index,
-        "message": {"role": "assistant", "content": choice.text, "refusal": None},
+        "message": message,
         "logprobs": logprobs,
-        "finish_reason": choice.finish_reason,
+        "finish_reason": finish_reason,
     }
     if choice.stop_reason is not None:
         shown["stop_reason"] = choice.stop_reason

@@ -71,6 +71,10 @@ class Chunks:
         """The logprobs of a delta as this route's clients read them; called in order for each choice."""
         raise NotImplementedError
 
+    def finish_reason(self, index: int, delta: StepDelta) -> str | None:
+        """What a terminal delta's choice says it ended for."""
+        return delta.finish_reason
+
     def delta(self, index: int, delta: StepDelta) -> bytes:
         """The events of one delta: its text, if any, and after a terminal one the finish."""
         if self._plain:
@@ -102,7 +106,7 @@ class Chunks:
 
     def _finish(self, index: int, delta: StepDelta) -> bytes:
         stop_reason = b"" if delta.stop_reason is None else b',"stop_reason":' + one_line(encode(delta.stop_reason))
-        reason = encode(delta.finish_reason)
+        reason = encode(self.finish_reason(index, delta))
         return self.choice(
             index, b'%s,"logprobs":null,"finish_reason":%s%s' % (self._shape.no_text, reason, stop_reason)
         )

@@ -9,9 +9,10 @@ from typing import Annotated, Any, TypeAlias
 from msgspec import Meta
 
 from gateway.api.answer import Call, Choice, Identity, Meter, Prompt
-from gateway.api.chat import NO_LOGPROB
+from gateway.api.chat_chunks import NO_LOGPROB
 from gateway.api.chunks import Chunks, Shape
 from gateway.api.generate import Target
+from gateway.api.prompt_logprobs import shown_prompt_logprobs
 from gateway.api.sampling import Logprobs, SamplingFields, TokenId
 from gateway.errors import BadRequestError
 from gateway.sse import encode, json_text, one_line
@@ -63,9 +64,10 @@ class CompletionRoute:
             model=target.model,
             prompter=target.prompter,
             prompts=tuple(await _prompts(fields, target)),
-            logprobs=Logprobs(output=output, prompt=fields.logprobs if fields.echo else None),
+            logprobs=Logprobs(output, _num_prompt_logprobs(fields)),
             num_generated=fields.num_generated,
             prompt_param="prompt",
+            constraint=fields.constraint(),
         )
 
     def chunks(self, call: Call, identity: Identity, meter: Meter) -> Chunks:
@@ -113,6 +115,7 @@ class CompletionLogprobs:
     def __init__(self, call: Call) -> None:
         self._token_text: TokenText = call.prompter.token_text
         self._skip_special = call.skip_special_tokens
+        self._num_top = call.logprobs.output or 0
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
@@ -145,7 +148,7 @@ class CompletionLogprobs:
             return
         logprob = max(position.logprob, NO_LOGPROB)
         top: dict[str, float] = {}
-        for other_id, other in position.top:
+        for other_id, other in position.top[: self._num_top]:
             top.setdefault(self._label(other_id), max(other, NO_LOGPROB))
         top.setdefault(self._label(token_id), logprob)
         lists["token_logprobs"].append(logprob)
@@ -161,6 +164,11 @@ class CompletionLogprobs:
 
 def _no_lists() -> dict[str, Any]:
     return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+
+
+def _num_prompt_logprobs(fields: CompletionRequest) -> int | None:
+    asked = [n for n in (fields.logprobs if fields.echo else None, fields.prompt_logprobs) if n is not None]
+    return max(asked, default=None)
 
 
 async def _prompts(fields: CompletionRequest, target: Target) -> list[Prompt]:
@@ -206,6 +214,8 @@ def _choice(call: Call, index: int, choice: Choice) -> dict[str, Any]:
     if call.fields.return_token_ids:
         shown["token_ids"] = choice.token_ids
         shown["prompt_token_ids"] = choice.prompt.token_ids()
+    if call.fields.prompt_logprobs is not None:
+        shown["prompt_logprobs"] = shown_prompt_logprobs(call, choice)
     return shown
 
 
@@ -213,7 +223,8 @@ def _logprobs(call: Call, choice: Choice) -> dict[str, Any] | None:
     if not isinstance(call.fields, CompletionRequest) or call.fields.logprobs is None:
         return None
     writer = CompletionLogprobs(call)
-    lists = writer.prompt(choice.prompt, choice.prompt_logprobs) if choice.prompt_logprobs else _no_lists()
+    echoed = choice.prompt_logprobs if call.fields.echo else ()
+    lists = writer.prompt(choice.prompt, echoed) if echoed else _no_lists()
     for name, values in writer.output(choice.logprobs).items():
         lists[name] += values
     return lists

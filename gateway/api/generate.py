@@ -12,19 +12,22 @@ import asyncio
 from hashlib import sha256
 from typing import Any, Generic, Protocol, TypeVar
 
+import msgspec
+
 from configs.schema import ModelConfig
 from gateway import sse
-from gateway.api.answer import Call, Choice, Identity, Meter
+from gateway.api.answer import Call, Choice, Identity, Meter, Prompt
 from gateway.api.chunks import Chunks
 from gateway.api.exchange import ClientGoneError, Exchange, Header, as_api_error
 from gateway.api.fields import Body, ignored_header
 from gateway.api.flow import Batch, Flow, Writing, open_flow, relay
 from gateway.api.sampling import Limits, SamplingFields, choice_seed
-from gateway.errors import BadRequestError, UnavailableError
+from gateway.errors import AdminRequiredError, BadRequestError, UnavailableError, UnsupportedError
 from gateway.names import ModelNames, Named
 from gateway.prompt import Prompter
 from gateway.tenancy import narrowed_salt
 from gateway.types import Gateway, Job, Tenant
+from replicas.contract import Constraint, SamplingParams
 
 F = TypeVar("F", bound=SamplingFields)
 F_contra = TypeVar("F_contra", bound=SamplingFields, contravariant=True)
@@ -42,6 +45,7 @@ class Target:
         if facts is None:
             raise UnavailableError(f"The model {named.name!r} has no replica yet. Please try again.", retry_after_s=5.0)
         self.facts = facts
+        self.random = gateway.random
 
 
 class Route(Protocol[F_contra]):
@@ -114,9 +118,12 @@ class Generation(Generic[F]):
             exchange.extra_headers += ignored_header(ignored)
             meter.fields = fields
             fields.check()
+            _check_admin(fields, meter.tenant)
             named = meter.named = self._names.resolve(meter.tenant, fields.model)
             target = Target(self._gateway, meter.tenant, named)
             call = await self._route.prepare(fields, target)
+            if call.constraint is not None:
+                await self._check_constraint(call.constraint, target)
             jobs = self._jobs(exchange.request_id, call, target)
             meter.begin(call, len(jobs))
             if exchange.client_request_id is not None:
@@ -125,6 +132,14 @@ class Generation(Generic[F]):
         finally:
             exchange.extra_headers += quota.headers()
         await self._run(exchange, meter, call, jobs)
+
+    async def _check_constraint(self, constraint: Constraint, target: Target) -> None:
+        if not target.facts.structured:
+            raise UnsupportedError(
+                f"'{constraint.param}': this model's engine cannot make its answers follow a grammar.",
+                param=constraint.param,
+            )
+        await self._gateway.check_grammar(constraint, target.tenant.tenant_id)
 
     async def _run(self, exchange: Exchange, meter: Meter, call: Call, jobs: list[Job]) -> None:
         identity = Identity(
@@ -209,26 +224,46 @@ class Generation(Generic[F]):
         for prompt in call.prompts:
             for _ in range(call.num_generated):
                 index = len(jobs)
-                sampling = limits.sampling(fields, call.logprobs, prompt.num_tokens, choice_seed(seed, index))
                 jobs.append(
                     Job(
                         request_id=f"{request_id}-{index}",
                         model=call.model,
                         tenant=target.tenant,
                         prompt=prompt.ids,
-                        sampling=sampling,
+                        sampling=_sampling(limits, call, prompt, choice_seed(seed, index)),
                         salt=salt,
                         adapter=target.named.adapter_id,
                         adapter_rank=target.named.adapter_rank,
                         priority=priority,
                         deadline=deadline,
-                        num_bytes=len(prompt.ids) + _JOB_BYTES,
+                        num_bytes=_num_bytes(call, prompt),
                     )
                 )
         return jobs
 
 
 _JOB_BYTES = 2048  # a job's own objects, about
+
+
+def _num_bytes(call: Call, prompt: Prompt) -> int:
+    """What a job holds in memory."""
+    return len(prompt.ids) + (0 if call.constraint is None else call.constraint.source.num_bytes) + _JOB_BYTES
+
+
+def _sampling(limits: Limits, call: Call, prompt: Prompt, seed: int) -> SamplingParams:
+    """How to sample one sequence. Raises BadRequestError."""
+    sampling = limits.sampling(call.fields, call.logprobs, prompt.num_tokens, seed)
+    if call.constraint is None and call.reading is None:
+        return sampling
+    return msgspec.structs.replace(sampling, constraint=call.constraint, skip_special_tokens=call.skip_special_tokens)
+
+
+def _check_admin(fields: SamplingFields, tenant: Tenant) -> None:
+    if fields.prompt_logprobs is not None and not tenant.admin:
+        raise AdminRequiredError(
+            "'prompt_logprobs' needs an administrator's key; 'echo' with 'logprobs' scores texts with any.",
+            param="prompt_logprobs",
+        )
 
 
 def fingerprint(model: ModelConfig) -> str:

@@ -7,6 +7,9 @@ from typing import Annotated, Any, Literal, Protocol, TypeAlias
 import msgspec
 from msgspec import Meta
 
+from gateway.api.speech import Speech
+from gateway.api.tools.declared import ToolUse
+from gateway.api.tools.prompting import in_words
 from gateway.errors import BadRequestError, UnsupportedError
 from gateway.prompt import Chat
 
@@ -22,13 +25,27 @@ class ContentPart(msgspec.Struct, kw_only=True):
     refusal: str | None = None
 
 
+class PastFunction(msgspec.Struct, kw_only=True):
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+
+class PastCall(msgspec.Struct, kw_only=True):
+    """A call that an earlier answer made."""
+
+    id: str | None = None
+    type: str | None = None
+    function: PastFunction | None = None
+
+
 class ChatMessage(msgspec.Struct, kw_only=True):
     role: Role
     content: str | Annotated[list[ContentPart], Meta(min_length=1)] | None = None
     name: str | None = None
     refusal: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[PastCall] | None = None
     tool_call_id: str | None = None
+    reasoning: str | None = None
     reasoning_content: str | None = None
 
 
@@ -46,16 +63,23 @@ class HasMessages(Protocol):
     chat_template_kwargs: dict[str, TemplateValue] | None
 
 
-def chat_of(fields: HasMessages) -> Chat:
-    """What to render. Raises BadRequestError."""
+def chat_of(fields: HasMessages, use: ToolUse | None = None, speech: Speech | None = None) -> Chat:
+    """What to render: tools through the template, or in words where it knows of none. Raises BadRequestError."""
     continues = bool(fields.continue_final_message)
     if continues and fields.add_generation_prompt:
         raise BadRequestError(
             "'continue_final_message' and 'add_generation_prompt' exclude each other.", param="continue_final_message"
         )
+    messages = [_for_template(i, message) for i, message in enumerate(fields.messages)]
+    tools = () if use is None else use.shown
+    if speech is not None and speech.tools is not None and not speech.template_takes_tools:
+        messages, tools = in_words(messages, tools, speech.tools), ()
+    elif speech is not None and speech.text_arguments:
+        messages = [_with_text_arguments(message) for message in messages]
     return Chat(
-        messages=[_for_template(i, message) for i, message in enumerate(fields.messages)],
+        messages=messages,
         options=fields.chat_template_kwargs or {},
+        tools=tools,
         add_generation_prompt=not continues and fields.add_generation_prompt is not False,
         continue_final_message=continues,
         add_special_tokens=bool(fields.add_special_tokens),
@@ -69,11 +93,48 @@ def _for_template(index: int, message: ChatMessage) -> dict[str, Any]:
         param = f"messages[{index}].content"
         raise BadRequestError(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
     shown: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": content}
-    for name in ("name", "tool_calls", "tool_call_id", "reasoning_content"):
+    for name in ("name", "tool_call_id"):
         value = getattr(message, name)
         if value is not None:
             shown[name] = value
+    thought = message.reasoning_content if message.reasoning is None else message.reasoning
+    if thought is not None:
+        shown["reasoning_content"] = shown["reasoning"] = thought
+    if message.tool_calls:
+        shown["tool_calls"] = [_call(f"messages[{index}].tool_calls[{i}]", c) for i, c in enumerate(message.tool_calls)]
+        shown["content"] = content or ""  # templates add it to other text
     return shown
+
+
+def _call(where: str, call: PastCall) -> dict[str, Any]:
+    """A call as templates take it: its arguments as an object, not as a string of JSON."""
+    if call.function is None:
+        param = f"{where}.function"
+        raise BadRequestError(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+    arguments = call.function.arguments
+    if isinstance(arguments, str):
+        try:
+            arguments = msgspec.json.decode(arguments or "{}", type=dict[str, Any])
+        except msgspec.MsgspecError:
+            param = f"{where}.function.arguments"
+            raise BadRequestError(f"Invalid value for '{param}': it is no JSON object.", param=param,
+                                  code="invalid_value") from None  # fmt: skip
+    shown = {"type": "function", "function": {"name": call.function.name, "arguments": arguments or {}}}
+    return shown if call.id is None else {"id": call.id, **shown}
+
+
+def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """For templates that add the arguments to other text, such as DeepSeek V3's."""
+    if "tool_calls" not in message:
+        return message
+    calls = [
+        {
+            **call,
+            "function": {**call["function"], "arguments": msgspec.json.encode(call["function"]["arguments"]).decode()},
+        }
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
 
 
 def _text(index: int, message: ChatMessage) -> str | None:

@@ -11,6 +11,7 @@ import msgspec
 
 from gateway.api.chat import ChatRequest
 from gateway.api.completions import CompletionRequest
+from gateway.api.lora import LoadLoraAdapterRequest, UnloadLoraAdapterRequest
 from gateway.api.tokenize import DetokenizeRequest, TokenizeChatRequest, TokenizePromptRequest
 from gateway.decisions import Explanation
 
@@ -35,6 +36,8 @@ _POSTS: dict[str, tuple[str, tuple[type[msgspec.Struct], ...]]] = {
     "/v1/completions": ("Continue prompts, or score them", (CompletionRequest,)),
     "/tokenize": ("Text or messages to token ids", (TokenizePromptRequest, TokenizeChatRequest)),
     "/detokenize": ("Token ids to text", (DetokenizeRequest,)),
+    "/v1/load_lora_adapter": ("Add a LoRA adapter (administrators)", (LoadLoraAdapterRequest,)),
+    "/v1/unload_lora_adapter": ("Remove a LoRA adapter (administrators)", (UnloadLoraAdapterRequest,)),
 }
 _GETS = {
     "/v1/models": "Models you may use",

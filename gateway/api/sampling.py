@@ -12,6 +12,7 @@ from typing import Annotated, TypeAlias
 import msgspec
 from msgspec import Meta
 
+from gateway.api.structured import StructuredFields
 from gateway.errors import BadRequestError, ContextLengthError, UnsupportedError
 from replicas.contract import EngineFacts, SamplingParams
 
@@ -31,7 +32,7 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     include_obfuscation: bool | None = None
 
 
-class SamplingFields(msgspec.Struct, kw_only=True):
+class SamplingFields(StructuredFields, kw_only=True):
     """Fields of both generating routes."""
 
     model: Annotated[str, Meta(min_length=1, max_length=256)]
@@ -58,6 +59,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     stream_options: StreamOptions | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @property
     def num_choices(self) -> int:
@@ -82,6 +84,8 @@ class SamplingFields(msgspec.Struct, kw_only=True):
             raise BadRequestError(
                 "The 'stream_options' parameter is only allowed when 'stream' is enabled.", param="stream_options"
             )
+        if self.prompt_logprobs is not None and self.stream:
+            raise BadRequestError("'prompt_logprobs' cannot be streamed.", param="prompt_logprobs")
 
 
 @dataclass(frozen=True, slots=True)

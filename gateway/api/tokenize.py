@@ -12,6 +12,8 @@ from gateway.api.exchange import Exchange
 from gateway.api.fields import Body, ignored_header
 from gateway.api.messages import Messages, TemplateOptions, chat_of
 from gateway.api.sampling import TokenId
+from gateway.api.speech import Speeches
+from gateway.api.tools.declared import ToolChoiceField, Tools, tool_use
 from gateway.errors import BadRequestError
 from gateway.names import ModelNames
 from gateway.prompt import Prompter
@@ -34,6 +36,9 @@ class TokenizeChatRequest(msgspec.Struct, kw_only=True):
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
     chat_template_kwargs: TemplateOptions | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoiceField | None = None
+    parallel_tool_calls: bool | None = None
     model: str | None = None
     return_token_strs: bool | None = None
 
@@ -53,6 +58,7 @@ class Tokenize:
         self._prompt = Body(TokenizePromptRequest)
         self._chat = Body(TokenizeChatRequest)
         self._tokens = Body(DetokenizeRequest)
+        self._speeches = Speeches()
 
     async def tokenize(self, exchange: Exchange) -> None:
         tenant = self._gateway.tenants.authenticate(exchange.header(b"authorization"))
@@ -61,7 +67,8 @@ class Tokenize:
         exchange.extra_headers += ignored_header(ignored)
         model, prompter = self._named(tenant, request.model)
         if isinstance(request, TokenizeChatRequest):
-            packed = await prompter.chat(chat_of(request), tenant.tenant_id)
+            chat = chat_of(request, tool_use(request), self._speeches.of(model, prompter))
+            packed = await prompter.chat(chat, tenant.tenant_id)
         else:
             special = request.add_special_tokens is not False
             (packed,) = await prompter.texts([request.prompt], add_special_tokens=special)

@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import click
 from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
-from ops.bench.harness import BenchError, Plan
-from ops.bench.report import Report, record
+from ops.bench.harness import BenchError, Notice, Plan
+from ops.bench.report import record
 from ops.token_count import TokenCount
 
 PAGE = Path("docs/benchmarks.md")
+
+T = TypeVar("T")
 
 _AT_LEAST_1 = click.IntRange(min=1)
 _repeats = click.option(
@@ -91,6 +93,78 @@ def kv(model: str, repeats: int, quick: bool, recorded: bool) -> None:
     lengths = module.LENGTHS[:1] if quick else module.LENGTHS
     folder = _model_dir(model)
     _finish(_measure(lambda notice: module.run(folder, lengths, _plan(repeats, quick), notice)), recorded)
+
+
+@bench.command()
+@_model
+@_repeats
+@_quick
+@_record
+@click.option("--rank", default=8, show_default=True, type=click.IntRange(1, 512), help="Of every adapter.")
+@click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16"]))
+def lora(model: str, repeats: int, quick: bool, recorded: bool, **set_to: Any) -> None:
+    """Batches of 1 to 256 adapters beside the base model, the pause of a swap, a fleet with 1,000 adapters."""
+    from ops.bench import lora as module
+    from ops.bench.lora_fleet import FleetWorkload
+
+    workload = module.Workload(_model_dir(model), **set_to)
+    if quick:
+        fleet = FleetWorkload(num_adapters=20, num_folders=2, num_requests=6, max_tokens=3, num_replicas=1, num_slots=3)
+        small: dict[str, Any] = {
+            "levels": (1, 4),
+            "num_mixed": 4,
+            "ranks": (4, 8),
+            "num_steps": 1,
+            "num_swaps": 2,
+            "fleet": fleet,
+        }
+        workload = module.Workload(_model_dir(model), **small, **set_to)
+    _finish(_measure(lambda notice: module.run(workload, _plan(repeats, quick), notice)), recorded)
+
+
+@bench.command()
+@_model
+@_repeats
+@_quick
+@_record
+def structured(model: str, repeats: int, quick: bool, recorded: bool) -> None:
+    """What grammars cost: the sampler's time a token with and without, compiling, and the guard before it."""
+    from ops.bench import structured as module
+
+    folder = _model_dir(model)
+    num_steps = 2 if quick else 60
+    _finish(_measure(lambda notice: module.run(folder, num_steps, _plan(repeats, quick), notice)), recorded)
+
+
+@bench.command()
+@_model
+@_repeats
+@_quick
+@_record
+@click.option("--side", "wanted", multiple=True, help="Only these methods (repeat the option). Default: all there is.")
+@click.option("--head", type=click.Path(exists=True, path_type=Path), help="mlp_speculator: `warmgate train-draft`'s.")
+@click.option("--draft", type=click.Path(exists=True, path_type=Path), help="draft_model: a smaller model's folder.")
+@click.option("--tokens", "num_tokens", default=64, show_default=True, type=_AT_LEAST_1, help="Of an answer.")
+@click.option("--table", "lengths", default="", help="Instead: fixed numbers of guesses (1,2,4,8) beside theory.")
+def speculative(
+    model: str, repeats: int, quick: bool, recorded: bool, wanted: tuple[str, ...], lengths: str, **spec: Any
+) -> None:
+    """Decoding with guesses beside plain decoding: copying, chat and noise, alone and in a batch."""
+    from ops.bench import speculative as module
+
+    files = {"mlp_speculator": spec["head"], "draft_model": spec["draft"]}
+    there = tuple(name for name in module.METHODS if files.get(name, name) is not None)
+    num_tokens = 8 if quick else spec["num_tokens"]
+    given = {name: path for name, path in files.items() if path is not None}
+    sides = module.sides(_model_dir(model), given, _known(wanted, there), num_tokens)
+    if lengths:
+        from ops.bench import speculative_table as table
+
+        asked = [int(length) for length in lengths.split(",")]
+        rows = _measure(lambda notice: table.measure(sides[0], sides[1:], asked, notice))
+        click.echo(table.markdown(rows))
+        return
+    _finish(_measure(lambda notice: module.run(sides, _plan(repeats, quick), notice)), recorded)
 
 
 @bench.command()
@@ -221,13 +295,13 @@ def _model_dir(model: str) -> Path:
     return find_model(model, home_dir(os.environ))
 
 
-def _measure(begin: Any) -> Report:
+def _measure(begin: Callable[[Notice], Coroutine[Any, Any, T]]) -> T:
     console = Console(stderr=True)
     with console.status("…") as status:
         return asyncio.run(_until_told(begin(lambda words: _say(console, status, words))))
 
 
-async def _until_told(work: Coroutine[Any, Any, Report]) -> Report:
+async def _until_told(work: Coroutine[Any, Any, T]) -> T:
     """The report; SIGTERM (`timeout` sends it) ends every process that `work` began before it raises BenchError."""
     measuring = asyncio.ensure_future(work)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, measuring.cancel)

@@ -56,12 +56,12 @@ class Decoding:
         seq = Sequence.from_request(GenerateRequest(request_id="kv", prompt=prompt, sampling=sampling), 0.0)
         seq.block_ids = list(range(-(-(length + NUM_TOKENS + 1) // 16)))
         first = runner.execute(StepPlan((PlanItem(seq, 0, length, True),)))
-        seq.tokens.append(first.sampled[0].token_id)
+        seq.tokens.append(first.sampled[0][0].token_id)
         began = time.perf_counter()
         for _ in range(NUM_TOKENS):
             start = len(seq.tokens) - 1 if self.uses_cache else 0
             result = runner.execute(StepPlan((PlanItem(seq, start, len(seq.tokens) - start, True),)))
-            seq.tokens.append(result.sampled[0].token_id)
+            seq.tokens.append(result.sampled[0][0].token_id)
         elapsed_s = time.perf_counter() - began
         self.tokens[length] = list(seq.tokens[length:])
         return 1000 * elapsed_s / NUM_TOKENS

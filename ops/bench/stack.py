@@ -27,7 +27,7 @@ from ops.bench.harness import BenchError
 from ops.valkey import EmbeddedValkey
 
 MODEL = "sim"
-START_S = 30.0
+START_S = 120.0
 
 
 def sim_profile(step_s: float, num_replicas: int) -> Config:
@@ -52,6 +52,11 @@ class Stack:
     _children: list[asyncio.subprocess.Process] = field(default_factory=list)
     _folder: Path | None = None
     _valkey: EmbeddedValkey | None = None
+
+    @property
+    def redis_url(self) -> str:
+        assert self._valkey is not None, "the stack is not running"
+        return self._valkey.url
 
     async def __aenter__(self) -> Stack:
         try:
@@ -128,7 +133,7 @@ async def _ingress(config: Config, runtime: Runtime) -> None:
     from gateway.compose import serve_gateway
 
     composed = await serve_gateway(config, runtime)
-    while composed.fleet.num_ready(MODEL) < config.groups[0].replicas:
+    while composed.fleet.num_ready(config.models[0].id) < config.groups[0].replicas:
         await composed.fleet.change()
     garbage.settle()
     async with serve_asgi(composed.app) as served:

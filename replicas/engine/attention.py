@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
 import torch
@@ -26,13 +26,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from replicas.engine.families import DecoderSpec
+from replicas.engine.kernels.library import Kernels
+from replicas.engine.kv_rows import KvDtype, KvRows, PlainRows, RowKind, make_rows, row_bytes
 
 _MAX_INT32 = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
 class KvGeometry:
-    """What attention needs to know about a decoder and its cache."""
+    """What attention needs to know about a decoder and its cache, which keeps values as `stored`."""
 
     num_heads: int
     num_kv_heads: int
@@ -40,10 +42,15 @@ class KvGeometry:
     block_size: int
     dtype: torch.dtype
     device: torch.device
+    stored: KvDtype = "auto"
 
     @classmethod
     def of(cls, spec: DecoderSpec, block_size: int, dtype: torch.dtype, device: torch.device) -> KvGeometry:
         return cls(spec.num_heads, spec.num_kv_heads, spec.head_dim, block_size, dtype, device)
+
+    def storing(self, stored: KvDtype) -> KvGeometry:
+        """The same with a cache of another kind."""
+        return replace(self, stored=stored)
 
     @property
     def group(self) -> int:
@@ -73,25 +80,36 @@ class KvGeometry:
 
 
 class KvCache:
-    """The blocks of all layers. `layers[i]`: [num_blocks * rows_per_block, head_dim]; unwritten rows are zero."""
+    """The blocks of all layers. `layers[i]` has num_blocks * rows_per_block rows of head_dim."""
 
-    def __init__(self, geometry: KvGeometry, num_layers: int, num_blocks: int) -> None:
+    def __init__(self, geometry: KvGeometry, num_layers: int, num_blocks: int, kernels: Kernels | None = None) -> None:
         shape = (num_blocks * geometry.rows_per_block, geometry.head_dim)
-        # zeros, not empty: padding reads rows nobody wrote, and 0 * NaN would not vanish. The pages stay untouched.
-        self.layers = [torch.zeros(shape, dtype=geometry.dtype, device=geometry.device) for _ in range(num_layers)]
+        kind = RowKind(geometry.stored, geometry.dtype, geometry.device, kernels)
+        self.layers = [make_rows(shape, kind) for _ in range(num_layers)]
+        self.kernels = kernels
         self.num_blocks = num_blocks
+        self._device = geometry.device
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies whole blocks, (source, target) each; no target is a source."""
-        source, target = torch.tensor(pairs, device=self.layers[0].device).unbind(1)
-        for layer in self.layers:
-            blocks = layer.view(self.num_blocks, -1)
+        source, target = torch.tensor(pairs, device=self._device).unbind(1)
+        for tensor in self._tensors():
+            blocks = tensor.view(self.num_blocks, -1)
             blocks[target] = blocks[source]
 
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copies single rows, in every layer. source, target: [num_rows] int64; a target may be another's source."""
+        for tensor in self._tensors():
+            tensor.index_copy_(0, target, tensor.index_select(0, source))
 
-def block_bytes(spec: DecoderSpec, block_size: int, dtype: torch.dtype) -> int:
+    def _tensors(self) -> Iterator[Tensor]:
+        for layer in self.layers:
+            yield from layer.tensors
+
+
+def block_bytes(spec: DecoderSpec, block_size: int, dtype: torch.dtype, stored: KvDtype = "auto") -> int:
     """Bytes of one block over all layers."""
-    return spec.num_layers * block_size * spec.kv_values_per_token * dtype.itemsize
+    return spec.num_layers * block_size * 2 * spec.num_kv_heads * row_bytes(spec.head_dim, stored, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +123,14 @@ class Context:
 class Decode(Protocol):
     """Attention of single tokens, one per sequence: prepared once per step, called once per layer."""
 
-    def __call__(self, q: Tensor, cache: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, cache: KvRows) -> Tensor:
         """q: [num_seqs, num_heads, head_dim], cache: a layer → [num_seqs, num_heads, head_dim]."""
         ...
 
 
 class SparseDecode:
-    """Reads the cache in place: q·k as a sampled dense-dense product, Σ p·v as an embedding bag. CPU, float32.
+    """Reads the cache in place: q·k as a sampled dense-dense product, Σ p·v as an embedding bag. CPU, float32, plain
+    rows.
 
     Nothing is gathered, which halves the memory traffic; torch has no other kernel that reads rows through an index.
     """
@@ -133,14 +152,16 @@ class SparseDecode:
         )
         self._sparse: Tensor | None = None
 
-    def __call__(self, q: Tensor, cache: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, cache: KvRows) -> Tensor:
+        assert isinstance(cache, PlainRows)
+        values = cache.values
         q = q.flatten(0, 1)
         if self._sparse is None:  # its shape needs the cache's
-            size = (q.shape[0], cache.shape[0])
+            size = (q.shape[0], values.shape[0])
             self._sparse = torch.sparse_csr_tensor(*self._pattern, size, check_invariants=False)
-        scores = torch.sparse.sampled_addmm(self._sparse, q, cache.t(), beta=0.0, alpha=self._scale).values()
+        scores = torch.sparse.sampled_addmm(self._sparse, q, values.t(), beta=0.0, alpha=self._scale).values()
         weights = torch.softmax(scores.view(self._shape).add_(self._bias), dim=-1)
-        out = F.embedding_bag(self._values, cache, self._bags, mode="sum", per_sample_weights=weights.flatten())
+        out = F.embedding_bag(self._values, values, self._bags, mode="sum", per_sample_weights=weights.flatten())
         return out.view(self._shape[0], self._shape[1], -1)
 
 
@@ -157,26 +178,27 @@ class GatherDecode:
         self._scale = geometry.scale
         self._group = geometry.group
 
-    def __call__(self, q: Tensor, cache: Tensor) -> Tensor:
-        k = cache.index_select(0, self._keys).view(self._rows_shape)
-        v = cache.index_select(0, self._values).view(self._rows_shape)
+    def __call__(self, q: Tensor, cache: KvRows) -> Tensor:
+        k = cache.read(self._keys).view(self._rows_shape)
+        v = cache.read(self._values).view(self._rows_shape)
         q = q.view(q.shape[0], -1, self._group, q.shape[-1])  # [num_seqs, num_kv_heads, group, head_dim]
         scores = torch.matmul(q * self._scale, k.transpose(-1, -2)) + self._bias
         return torch.matmul(torch.softmax(scores, dim=-1), v).flatten(1, 2)
 
 
-DecodeKernel: TypeAlias = type[SparseDecode] | type[GatherDecode]
+DecodeKernel: TypeAlias = Callable[[KvGeometry, Context], Decode]
 
 
 def pick_decode(geometry: KvGeometry, num_blocks: int) -> DecodeKernel:
-    """The fastest way this device, dtype and torch build have."""
+    """The fastest of torch's ways that this device, dtype and torch build have."""
     fits = num_blocks * geometry.rows_per_block <= _MAX_INT32
-    if geometry.device.type == "cpu" and geometry.dtype == torch.float32 and fits and _has_sampled_product():
+    plain = geometry.device.type == "cpu" and geometry.dtype == torch.float32 and geometry.stored == "auto"
+    if plain and fits and has_sampled_product():
         return SparseDecode
     return GatherDecode
 
 
-def _has_sampled_product() -> bool:
+def has_sampled_product() -> bool:
     """Whether this torch build has the sampled product on CPU (some come without). Tried, because nothing tells."""
     ones = torch.ones(1, 1)
     zero, one = torch.tensor([0, 1], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)

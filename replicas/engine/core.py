@@ -1,6 +1,8 @@
-"""The engine without threads: plan, execute, commit. The native and the sim engine differ in their `Runner` alone.
+"""The engine without threads: guess, plan, execute, commit. The native and the sim engine differ in their `Runner` and
+in who guesses, nothing else.
 
-add/abort ─► Scheduler.plan() ─► Runner.execute(plan) ─► Scheduler.commit(plan, result) ─► [StepDelta]
+add/abort ─► Speculator.draft() ─► Scheduler.plan(drafts) ─► Runner.execute(plan) ─► Scheduler.commit(plan, result) ─►
+[StepDelta]
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ from typing import Protocol
 
 from replicas.contract import AdapterSpec, EngineError, EngineStats, Fault, GenerateRequest, KvEvent, StepDelta
 from replicas.engine.rates import Rates
-from replicas.engine.scheduler import Scheduler
+from replicas.engine.scheduler import NO_GUESSES, Scheduler
 from replicas.engine.sequence import Plan, StepResult
+from replicas.engine.speculative.speculator import SpeculationStats, Speculator
+from replicas.engine.structured.grammar import Grammar
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +28,9 @@ class Runner(Protocol):
         """Makes `plan.copies` first (whole KV blocks), then computes every item and samples where `item.samples`.
 
         Writes the KV of tokens `[start, start + num_tokens)` through `item.seq.block_ids` (read anew each step: a
-        table may change between steps), and returns one `Sampled` per sampling item, in the items' order. The plan is
-        never empty. Any exception is taken as the engine's death.
+        table may change between steps), and returns the new tokens of each sampling item, in the items' order: a token
+        drawn at its last known one, and while that confirms a draft, the next. The plan is never empty. Any exception
+        is taken as the engine's death.
         """
         ...
 
@@ -60,10 +65,12 @@ class EngineCore:
         runner: Runner,
         clock: Callable[[], float],
         adapters: AdapterStore | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self.adapters = adapters
+        self.speculator = speculator
         self.dead: Fault | None = None
         self._clock = clock
         self._rates = Rates()
@@ -74,9 +81,10 @@ class EngineCore:
         """Whether `step` has anything to compute or to deliver."""
         return self.scheduler.has_work
 
-    def add(self, request: GenerateRequest) -> None:
-        """Accepts a request: exactly one terminal delta follows. Raises RefusedError, then none does."""
-        self.scheduler.add(request)
+    def add(self, request: GenerateRequest, grammar: Grammar | None = None) -> None:
+        """Accepts a request, with the grammar it asks for: exactly one terminal delta follows. Raises RefusedError,
+        then none does."""
+        self.scheduler.add(request, grammar)
 
     def abort(self, request_id: str) -> None:
         """Frees the request's blocks now; its terminal delta comes with the next step. No-op when finished."""
@@ -85,18 +93,25 @@ class EngineCore:
     def step(self) -> list[StepDelta]:
         """One step: everything that became known. A runner's exception ends every open request and the engine."""
         started = self._clock()
-        plan = self.scheduler.plan()
         try:
+            plan = self.scheduler.plan(
+                self.speculator.draft(self.scheduler.decoding) if self.speculator else NO_GUESSES
+            )
             result = self.runner.execute(plan) if plan.items else StepResult(())
             deltas = self.scheduler.commit(plan, result)
         except Exception as error:
             logger.exception("engine step failed")
             return self.die(f"{type(error).__name__}: {error}")
         if plan.items:
-            self._num_steps += 1
-            self._rates.observe(plan, self._clock() - started)
-            self.scheduler.ranking.prefill_tokens_per_s = self._rates.prefill_tokens_per_s
+            self._learn(plan, result, self._clock() - started)
         return deltas
+
+    def _learn(self, plan: Plan, result: StepResult, elapsed_s: float) -> None:
+        self._num_steps += 1
+        self._rates.observe(plan, elapsed_s)
+        self.scheduler.ranking.prefill_tokens_per_s = self._rates.prefill_tokens_per_s
+        if self.speculator is not None:
+            self.speculator.observe(plan, result, elapsed_s)
 
     def load_adapter(self, adapter: AdapterSpec) -> None:
         """Makes an adapter usable. Raises EngineError when this engine has none, or cannot load it."""
@@ -129,6 +144,7 @@ class EngineCore:
     def stats(self) -> EngineStats:
         """The load now."""
         scheduler = self.scheduler
+        guessed = self.speculator.stats if self.speculator else SpeculationStats()
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
@@ -145,6 +161,10 @@ class EngineCore:
             step_time_s=self._rates.step_time_s,
             adapters=self.adapters.resident if self.adapters else (),
             kv_seq=scheduler.pool.next_seq,
+            num_drafts=guessed.num_drafts,
+            num_draft_tokens=guessed.num_draft_tokens,
+            num_accepted_tokens=guessed.num_accepted_tokens,
+            num_accepted_by_position=guessed.num_accepted_by_position,
         )
 
     def kv_events(self) -> list[KvEvent]:

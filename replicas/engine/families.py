@@ -85,11 +85,11 @@ class _Switches:
 
 def read_spec(model_dir: Path) -> DecoderSpec:
     """Reads `config.json` and `generation_config.json`. Raises EngineError naming what is missing or unknown."""
-    config = _read_json(model_dir / "config.json")
+    config = read_json(model_dir / "config.json")
     generation = model_dir / "generation_config.json"
     eos = _token_ids(config.get("eos_token_id"))
     if generation.is_file():
-        eos += _token_ids(_read_json(generation).get("eos_token_id"))
+        eos += _token_ids(read_json(generation).get("eos_token_id"))
     return spec_from_config(config, tuple(dict.fromkeys(eos)))
 
 
@@ -101,9 +101,6 @@ def spec_from_config(config: Json, eos_token_ids: tuple[int, ...] = ()) -> Decod
         raise EngineError(f"unknown architecture {architectures or None}: this engine has {sorted(_FAMILIES)}")
     if config.get("hidden_act", "silu") != "silu":
         raise EngineError(f"unknown activation {config['hidden_act']!r}: this engine has silu")
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            raise EngineError(f"config.json has {key}: this engine loads plain weights")
     try:
         return _build(name, config, eos_token_ids)
     except KeyError as error:
@@ -229,7 +226,8 @@ def _token_ids(value: int | list[int] | None) -> list[int]:
     return list(value) if isinstance(value, list) else [value]
 
 
-def _read_json(path: Path) -> Json:
+def read_json(path: Path) -> Json:
+    """A JSON object. Raises EngineError naming the file."""
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError as error:

@@ -23,6 +23,7 @@ class SchedulerConfig:
     order: OrderName = "shortest"
     prefix_caching: bool = True
     max_adapters: int = 0
+    max_prefill_stall_s: float | None = None
 
     @classmethod
     def from_engine(cls, config: EngineConfig, max_model_len: int, eos_token_ids: Iterable[int]) -> SchedulerConfig:
@@ -35,6 +36,8 @@ class SchedulerConfig:
             max_waiting=config.max_waiting,
             order=config.order,
             prefix_caching=config.prefix_caching,
+            max_adapters=config.max_adapters,
+            max_prefill_stall_s=config.max_prefill_stall_s,
         )
 
 
@@ -87,6 +90,8 @@ def _sampling_refusals(sampling: SamplingParams, facts: EngineFacts) -> Iterator
             yield _unsupported(name, f"{name} is {asked}, the most is {facts.max_logprobs}")
     if sampling.prompt_logprobs is not None and not facts.prompt_logprobs:
         yield _unsupported("prompt_logprobs", "this engine gives no logprobs of prompt tokens")
+    if sampling.constraint is not None and not facts.structured:
+        yield _unsupported(sampling.constraint.param, "this engine cannot make its answers follow a grammar")
     for name, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
         for token_id in ids:
             if not 0 <= token_id < facts.vocab_size:

@@ -30,7 +30,9 @@ from replicas.contract import (
 from replicas.engine.core import EngineCore
 from replicas.engine.limits import refusal
 from replicas.engine.stall import StallDetector
-from replicas.engine.thread import Abort, BuiltEngine, Call, EngineThread
+from replicas.engine.structured.grammar import Grammar
+from replicas.engine.structured.waiting import GrammarWaiters
+from replicas.engine.thread import Abort, BuiltEngine, Call, Constrained, EngineThread
 
 __all__ = ["BuiltEngine", "ThreadedEngine"]
 
@@ -64,6 +66,7 @@ class ThreadedEngine:
         self._closing = False
         self._drained = asyncio.Event()
         self._watch: asyncio.TimerHandle | None = None
+        self._waiters: GrammarWaiters | None = None
 
     @property
     def dead(self) -> Fault | None:
@@ -73,7 +76,7 @@ class ThreadedEngine:
     @property
     def stalled(self) -> bool:
         """Whether there is work and has been no progress for too long. Loading an adapter is not a stall."""
-        if not self._open or self._thread.is_calling:
+        if not self._num_sent or self._thread.is_calling:
             return False
         return self._stall.stalled(self._clock(), self._progress_at(), self._thread.predicted_step_s)
 
@@ -90,6 +93,8 @@ class ThreadedEngine:
             raise EngineError(f"the engine did not start: {type(error).__name__}: {error}") from error
         self._facts = built.facts
         self._core = built.core
+        if built.grammars is not None:
+            self._waiters = GrammarWaiters(built.grammars, self._constrained, lambda delta: self.deliver([delta]))
         limits = built.core.scheduler.config
         self._max_open = limits.max_num_seqs + limits.max_waiting
         self._watch_progress()
@@ -100,14 +105,22 @@ class ThreadedEngine:
         fault = self._refusal(request)
         if fault is not None:
             raise RefusedError(fault)
-        if not self._open:
-            self._busy_since = self._clock()
         self._open[request.request_id] = request.attempt
-        self._thread.send(request)
+        if request.sampling.constraint is None:
+            self._begin(request)
+        else:
+            assert self._waiters is not None, "engines without grammars refuse it"
+            self._waiters.submit(request)
 
     def abort(self, request_id: str) -> None:
         """Ends a request with finish_reason `abort` after the step under way. No-op when finished."""
-        if request_id in self._open:
+        attempt = self._open.get(request_id)
+        if attempt is None:
+            return
+        if self._waiters is not None and self._waiters.abort(request_id):
+            ended = StepDelta(request_id, attempt, finish_reason="abort")
+            asyncio.get_running_loop().call_soon(self.deliver, [ended])
+        else:
             self._thread.send(Abort(request_id))
 
     async def load_adapter(self, adapter: AdapterSpec) -> None:
@@ -136,7 +149,7 @@ class ThreadedEngine:
         """The load after the last step, and what came since. Raises EngineDeadError when the engine is dead."""
         if self._dead is not None:
             raise EngineDeadError(self._dead.message)
-        stats = self._thread.load()
+        stats = self._thread.load(() if self._waiters is None else self._waiters.requests)
         return msgspec.structs.replace(stats, draining=True) if self._draining else stats
 
     def kv_events(self) -> list[KvEvent]:
@@ -182,6 +195,8 @@ class ThreadedEngine:
         if self._dead is not None:
             return
         self._dead = fault
+        if self._waiters is not None:
+            self._waiters.close()
         orphans = [
             StepDelta(request_id, attempt, finish_reason="error", fault=fault)
             for request_id, attempt in self._open.items()
@@ -191,6 +206,20 @@ class ThreadedEngine:
         self._thread.fail_calls(EngineDeadError(fault.message))
         if orphans and self._sink is not None:
             self._sink(orphans)
+
+    def _begin(self, message: GenerateRequest | Constrained) -> None:
+        """Sends a request that is open to the thread."""
+        if self._num_sent == 1:
+            self._busy_since = self._clock()
+        self._thread.send(message)
+
+    def _constrained(self, request: GenerateRequest, grammar: Grammar) -> None:
+        self._begin(Constrained(request, grammar))
+
+    @property
+    def _num_sent(self) -> int:
+        """Open requests that the thread has been told of: not those that wait for their grammars."""
+        return len(self._open) - (0 if self._waiters is None else len(self._waiters))
 
     def _watch_progress(self) -> None:
         """A step that never returns cannot report itself."""

@@ -52,7 +52,7 @@ class Pace:
         return self.prefill_tokens_per_s if self.prefill_tokens_per_s > 0 else PRIOR_PREFILL_TOKENS_PER_S
 
 
-OrderName: TypeAlias = Literal["fcfs", "priority", "deadline", "shortest"]
+OrderName: TypeAlias = Literal["fcfs", "priority", "deadline", "shortest", "fair"]
 Order: TypeAlias = Callable[[Queued, float, int, Pace], float]
 """(request, arrival in seconds, uncached prompt tokens, pace) → due, in seconds."""
 
@@ -62,6 +62,9 @@ PRIORITY_STEP_S = 10.0
 """Seconds of waiting that one priority band is worth: a band-1 request goes before band-0 ones 10 s younger."""
 
 MAX_HANDICAP_S = 1000.0
+
+FAIR_WINDOW_S = 60.0
+"""Fair tags never hold a request back behind those of a later window, should tags of two ingresses not compare."""
 
 PRIOR_PREFILL_TOKENS_PER_S = 2000.0
 """Assumed while an engine has computed no prompt yet."""
@@ -99,7 +102,21 @@ def shortest(request: Queued, arrival: float, num_uncached: int, pace: Pace) -> 
     return arrival + _bounded(late_s + _band_s(request))
 
 
-ORDERS: dict[OrderName, Order] = {"fcfs": fcfs, "priority": priority, "deadline": deadline, "shortest": shortest}
+def fair(request: Queued, arrival: float, num_uncached: int, pace: Pace) -> float:
+    """The least fair tag first (`order_key` looks at it next) among those that arrive in the same `FAIR_WINDOW_S`.
+
+    Tags are virtual time, so a backlogged tenant's grow as it is served, and each gets its share whatever it sends.
+    """
+    return arrival // FAIR_WINDOW_S * FAIR_WINDOW_S
+
+
+ORDERS: dict[OrderName, Order] = {
+    "fcfs": fcfs,
+    "priority": priority,
+    "deadline": deadline,
+    "shortest": shortest,
+    "fair": fair,
+}
 
 BY_SIZE: frozenset[OrderName] = frozenset({"shortest"})
 """Orders in which what the cache holds of a waiting prompt moves it, and tenants are held apart (`not_before`)."""

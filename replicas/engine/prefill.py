@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from replicas.engine.attention import KvGeometry
+from replicas.engine.kv_rows import KvRows
 from replicas.engine.linear import can_pack, product
 
 _TILE_QUERIES = 128
@@ -40,7 +41,7 @@ class Chunk:
 class ChunkAttention(Protocol):
     """Prepared once per step, called once per layer."""
 
-    def __call__(self, qkv: Tensor, cache: Tensor) -> Tensor:
+    def __call__(self, qkv: Tensor, cache: KvRows) -> Tensor:
         """qkv: [num_tokens, num_heads + 2 num_kv_heads, head_dim], cache: a layer that holds these tokens already →
         [num_tokens, num_heads, head_dim]."""
         ...
@@ -55,7 +56,7 @@ class TiledChunk:
         self._tiles = tuple(_tiles(chunk, geometry))
         self._packs = can_pack(torch.empty(0, dtype=geometry.dtype)) and geometry.dtype == torch.float32
 
-    def __call__(self, qkv: Tensor, cache: Tensor) -> Tensor:
+    def __call__(self, qkv: Tensor, cache: KvRows) -> Tensor:
         k, v = self._keys(qkv, cache)
         v = v.transpose(1, 2).contiguous()  # [num_kv_heads, head_dim, num_keys]
         q = _grouped(qkv, self._geometry) * self._geometry.scale
@@ -94,7 +95,7 @@ class FusedChunk:
                 _positions(chunk.queries, geometry)[:, None], _positions(chunk.keys, geometry), chunk.window
             ).to(geometry.dtype)
 
-    def __call__(self, qkv: Tensor, cache: Tensor) -> Tensor:
+    def __call__(self, qkv: Tensor, cache: KvRows) -> Tensor:
         geometry = self._geometry
         # Query heads of a group read the same keys: a dimension of stride 0 instead of copies.
         k, v = (x.unsqueeze(1).expand(-1, geometry.group, -1, -1) for x in self._keys(qkv, cache))
@@ -129,15 +130,15 @@ class _Keys:
             heads = torch.arange(geometry.num_kv_heads, device=chunk.blocks.device)
             self._rows = geometry.key_rows(chunk.blocks, heads).flatten()
 
-    def __call__(self, qkv: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, qkv: Tensor, cache: KvRows) -> tuple[Tensor, Tensor]:
         num_heads, num_kv_heads = self._geometry.num_heads, self._geometry.num_kv_heads
         if self._rows is None:
             # Dense, or oneDNN takes its reference loops: 200 times as slow.
             kv = qkv[:, num_heads:].transpose(0, 1).contiguous()
             return kv[:num_kv_heads], kv[num_kv_heads:]
         shape = (num_kv_heads, -1, self._geometry.head_dim)
-        k = cache.index_select(0, self._rows).view(shape)
-        v = cache.index_select(0, self._rows + self._geometry.value_offset).view(shape)
+        k = cache.read(self._rows).view(shape)
+        v = cache.read(self._rows + self._geometry.value_offset).view(shape)
         return k, v
 
 

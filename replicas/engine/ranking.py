@@ -32,6 +32,11 @@ class Ranking:
         self._scale = PromptScale()
         self._num_entered = 0
 
+    @property
+    def pace(self) -> Pace:
+        """What is learnt of how long prompts take."""
+        return Pace(self.prefill_tokens_per_s, self._scale.tokens)
+
     def enter(self, seq: Sequence) -> None:
         """A request has arrived: it gets its place."""
         standing = seq.standing
@@ -75,8 +80,7 @@ class Ranking:
 
     def _place(self, seq: Sequence) -> None:
         standing = seq.standing
-        pace = Pace(self.prefill_tokens_per_s, self._scale.tokens)
-        standing.due = max(self._due(seq.request, seq.arrival, standing.num_expected, pace), standing.not_before)
+        standing.due = max(self._due(seq.request, seq.arrival, standing.num_expected, self.pace), standing.not_before)
         standing.key = order_key(standing.due, seq.request.fair_tag, standing.number)
 
     def _num_uncached(self, seq: Sequence) -> int:

@@ -27,8 +27,9 @@ class Rates:
 
     def observe(self, plan: Plan, elapsed_s: float) -> None:
         """Learns from one executed plan that took `elapsed_s` seconds."""
-        num_decodes = sum(1 for item in plan.items if item.samples and item.num_tokens == 1)
-        num_prefill = plan.num_tokens - num_decodes
+        decodes = [item for item in plan.items if item.samples and item.num_known == 1]
+        num_decodes = len(decodes)
+        num_prefill = plan.num_tokens - sum(item.num_tokens for item in decodes)
         if num_prefill == 0:
             mean = self.step_time_s
             self.step_time_s = elapsed_s if mean == 0.0 else _DECAY * mean + (1 - _DECAY) * elapsed_s

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
+from itertools import chain, islice
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from replicas.contract import TokenLogprob
-from replicas.engine.attention import KvCache, KvGeometry, pick_decode
+from replicas.engine.attention import DecodeKernel, KvCache, KvGeometry, pick_decode
 from replicas.engine.batch import Batcher, StepBatch
+from replicas.engine.kernels.attention import KernelDecode, has_decode
+from replicas.engine.lora.store import LoraStore
 from replicas.engine.model import Decoder
 from replicas.engine.noise import hash_tokens
 from replicas.engine.prefill import pick_chunk
 from replicas.engine.sampler import Sampler, prompt_logprobs
 from replicas.engine.sequence import Plan, PlanItem, Sampled, StepResult
+from replicas.engine.speculative.features import FeatureTap
 
 # Rows of logits held at once when a prompt is scored: 64 * 49,152 floats are 12 MiB.
 _LOGIT_ROWS = 64
@@ -37,14 +42,19 @@ class _Scored:
 
 
 class TorchRunner:
-    """Implements `replicas.engine.core.Runner` on a decoder and its KV cache."""
+    """Implements `replicas.engine.core.Runner` on a decoder and its KV cache. `tap`, where set, is told the features of
+    every step."""
 
-    def __init__(self, decoder: Decoder, cache: KvCache, geometry: KvGeometry) -> None:
+    def __init__(
+        self, decoder: Decoder, cache: KvCache, geometry: KvGeometry, adapters: LoraStore | None = None
+    ) -> None:
         spec = decoder.spec
-        self._decoder = decoder
+        self.tap: FeatureTap | None = None
+        self.decoder = decoder
         self._cache = cache
-        decode, chunk = pick_decode(geometry, cache.num_blocks), pick_chunk(geometry)
-        self._batcher = Batcher(geometry, decode, chunk, frozenset(spec.windows))
+        self._device = geometry.device
+        kernels = _decode(geometry, cache), pick_chunk(geometry)
+        self._batcher = Batcher(geometry, *kernels, frozenset(spec.windows), adapters)
         self._sampler = Sampler(hash_tokens(spec.vocab_size, geometry.device), spec.eos_token_ids)
 
     @torch.inference_mode()
@@ -55,22 +65,49 @@ class TorchRunner:
         batch = self._batcher.build(plan)
         hidden = self._forward(batch)
         scored = {s.item.seq.request_id: self._score(s, hidden) for s in _scored_items(plan, batch)}
-        return StepResult(self._sample(plan, batch, hidden), scored)
+        return self._sample(plan, batch, hidden, scored)
 
     def _forward(self, batch: StepBatch) -> Tensor:
-        windows, layers = self._decoder.spec.windows, self._cache.layers
+        windows, layers = self.decoder.spec.windows, self._cache.layers
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
             return batch.views[windows[layer]](qkv, layers[layer])
 
-        return self._decoder.hidden(batch.token_ids, batch.positions, attend)
+        adapt = None if batch.lora is None else batch.lora.add
+        return self.decoder.hidden(batch.token_ids, batch.positions, attend, adapt)
 
-    def _sample(self, plan: Plan, batch: StepBatch, hidden: Tensor) -> tuple[Sampled, ...]:
-        wanted = [i for i, item in enumerate(plan.items) if item.samples]
-        if not wanted:
-            return ()
-        rows = hidden[[batch.last_rows[i] for i in wanted]]
-        return self._sampler.sample(self._decoder.logits(rows), [plan.items[i].seq for i in wanted])
+    def _sample(
+        self, plan: Plan, batch: StepBatch, hidden: Tensor, scored: dict[str, tuple[TokenLogprob, ...]]
+    ) -> StepResult:
+        sampling = [(item, last) for item, last in zip(plan.items, batch.last_rows, strict=True) if item.samples]
+        if not sampling:
+            return StepResult((), scored)
+        rows = [row for item, last in sampling for row in range(last - len(item.drafts), last + 1)]
+        points = [point for item, _ in sampling for point in item.points]
+        features = self.decoder.features(hidden[rows])
+        drawn = iter(self._sampler.sample(self.decoder.scores(features), points))
+        taken: list[tuple[Sampled, ...]] = []
+        draws: dict[str, tuple[int, ...]] = {}
+        first = 0
+        for item, _ in sampling:
+            mine = tuple(islice(drawn, len(item.drafts) + 1))
+            draws[item.seq.request_id] = tuple(token.token_id for token in mine)
+            accepted = item.drafts.accepted(draws[item.seq.request_id])
+            self._keep(item, accepted)
+            if self.tap is not None:
+                newest = features[first + (0, *accepted)[-1]]
+                self.tap.take(item.seq.request_id, item.seq.num_tokens - 1 + len(accepted), newest)
+            first += len(mine)
+            taken.append(tuple(mine[row] for row in (0, *accepted)))
+        return StepResult(tuple(taken), scored, draws)
+
+    def _keep(self, item: PlanItem, accepted: tuple[int, ...]) -> None:
+        """Moves the KV of confirmed drafts from where their tree had them to their places behind one another."""
+        moves = [(item.start + row, item.start + depth) for depth, row in enumerate(accepted, 1) if row != depth]
+        if moves:
+            slots = np.array(moves)
+            source, target = (torch.from_numpy(self._batcher.slot_rows(item.seq, side)) for side in slots.T)
+            self._cache.move(source.to(self._device), target.to(self._device))
 
     def _score(self, scored: _Scored, hidden: Tensor) -> tuple[TokenLogprob, ...]:
         """Logprobs of the prompt's next tokens at the computed positions."""
@@ -79,8 +116,14 @@ class TorchRunner:
         rows = hidden[scored.row : scored.row + len(positions)]
         targets = seq.tokens[positions.start + 1 : positions.stop + 1]
         spans = (slice(i, i + _LOGIT_ROWS) for i in range(0, len(positions), _LOGIT_ROWS))
-        parts = (prompt_logprobs(self._decoder.logits(rows[span]), targets[span], num_top) for span in spans)
+        parts = (prompt_logprobs(self.decoder.logits(rows[span]), targets[span], num_top) for span in spans)
         return tuple(chain.from_iterable(parts))
+
+
+def _decode(geometry: KvGeometry, cache: KvCache) -> DecodeKernel:
+    if cache.kernels is not None and has_decode(geometry):
+        return partial(KernelDecode, cache.kernels)
+    return pick_decode(geometry, cache.num_blocks)
 
 
 def _scored_items(plan: Plan, batch: StepBatch) -> Iterator[_Scored]:

@@ -6,7 +6,9 @@
 
 A plan is filled in this order, until the token budget or the places are used up:
   1. decodes: running sequences with one token to compute. First, so that a long prompt never stalls them.
-  2. catching up: running sequences with more to compute, and waiting ones, merged by the order's key.
+  2. catching up: running sequences with more to compute, and waiting ones, merged by the order's key. Beside decodes
+     they get no more tokens than can be computed in `max_prefill_stall_s`, and a few.
+  3. drafts: guesses behind the decodes, in budget kept for them and blocks nobody else wants.
 
 Blocks. A request is admitted when the blocks of all its known tokens are free beside what the running ones were
 promised, and are taken chunk by chunk as they are filled. Decodes grow beyond that; when no block is left, the running
@@ -17,19 +19,28 @@ So a prompt that is due sooner goes ahead of one that is half computed, which ke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from replicas.contract import Fault, GenerateRequest, RefusedError, StepDelta
 from replicas.engine.block_pool import BlockPool
+from replicas.engine.drafts import Drafts
 from replicas.engine.limits import SchedulerConfig, context_length
 from replicas.engine.order import OrderKey
-from replicas.engine.outcome import finish, terminal
-from replicas.engine.placing import Draft, Placing, blocks_for
+from replicas.engine.outcome import closing, finish, take_in, terminal
+from replicas.engine.placing import Outline, Placing, blocks_for
 from replicas.engine.queues import RunningSet, WaitingQueue
 from replicas.engine.ranking import Ranking
 from replicas.engine.sequence import Plan, PlanItem, Sampled, Sequence, StepResult
+from replicas.engine.structured.grammar import Grammar
 
 __all__ = ["Scheduler", "SchedulerConfig"]
+
+NO_GUESSES: Mapping[str, Drafts] = MappingProxyType({})
+
+MIN_PREFILL_TOKENS = 8
+"""Prompts get so many tokens a step however short the stall allowed: where a chunk takes that long by itself, one token
+would stall answers hardly less, and for many times as long."""
 
 REFRESHED_PER_STEP = 4
 """How many waiting requests a step looks up in the prefix cache again, in turn."""
@@ -83,6 +94,11 @@ class Scheduler:
         return tuple(self._running)
 
     @property
+    def decoding(self) -> list[Sequence]:
+        """Running sequences of which the next step draws a token: those that drafts can be for."""
+        return [seq for seq in self._running if seq.num_remaining == 1 and not seq.wants_prompt_logprobs]
+
+    @property
     def has_work(self) -> bool:
         return bool(self._open or self._undelivered)
 
@@ -90,8 +106,11 @@ class Scheduler:
         """Open requests of one adapter."""
         return sum(1 for seq in self._open.values() if seq.request.adapter == adapter_id)
 
-    def add(self, request: GenerateRequest) -> None:
-        """Queues a request. Raises RefusedError when it can never run here, the queue is full, or its id is open."""
+    def add(self, request: GenerateRequest, grammar: Grammar | None = None) -> None:
+        """Queues a request, with the grammar it asks for. Raises RefusedError when it can never run here, the queue is
+        full, or its id is open."""
+        if (grammar is None) != (request.sampling.constraint is None):
+            raise RefusedError(Fault("internal", f"request {request.request_id} lacks its grammar: {grammar=}"))
         num_prior = (len(request.prompt) + len(request.produced)) // 4
         if request.num_prompt_tokens >= self.max_len or num_prior > self.max_len:
             raise RefusedError(context_length(num_prior, self.max_len))
@@ -100,11 +119,14 @@ class Scheduler:
         if len(self._waiting) >= self.config.max_waiting:
             message = f"the engine's queue is full: {len(self._waiting)} requests wait"
             raise RefusedError(Fault("overloaded", message, retryable=True))
-        seq = Sequence.from_request(request, self._clock())
+        seq = Sequence.from_request(request, self._clock(), grammar)
         self.num_prompt_tokens += seq.num_prompt
         ended = finish(seq, self.config, self.max_len)
-        if ended is not None:  # an earlier attempt had come to the end already
-            self._undelivered.append(terminal(seq, ended[0], stop_reason=ended[1]))
+        over = closing(seq, ended)
+        if over is None and ended is not None:
+            over = terminal(seq, ended[0], stop_reason=ended[1])
+        if over is not None:  # an earlier attempt had come to the end already
+            self._undelivered.append(over)
             return
         self._open[seq.request_id] = seq
         self.ranking.enter(seq)
@@ -126,27 +148,32 @@ class Scheduler:
         self._placing.release_copies()
         return deltas
 
-    def plan(self) -> Plan:
-        """The next step. Its tokens are computed and committed before the next call."""
+    def plan(self, drafts: Mapping[str, Drafts] = NO_GUESSES) -> Plan:
+        """The next step. Its tokens are computed and committed before the next call. `drafts`: by request id, for
+        sequences that decode; as many are planned as fit."""
         self._placing.release_copies()
         self._expire()
         for seq in self._waiting.in_turn(REFRESHED_PER_STEP):
             self._refresh(seq)
-        draft = Draft(self.config.max_num_batched_tokens)
+        outline = Outline(self.config.max_num_batched_tokens)
         for seq in [seq for seq in self._running if seq.num_remaining == 1]:
             if seq in self._running:  # else an earlier decode took its blocks
-                self._compute(draft, seq)
+                self._compute(outline, seq)
+        outline.keep(sum(map(len, drafts.values())))
+        if outline.items:
+            outline.budget = min(outline.budget, self._prefill_limit)
         catching_up = [seq for seq in self._running if seq.num_remaining > 1]
-        draft.promised = sum(self._num_blocks(seq.num_tokens) - len(seq.block_ids) for seq in catching_up)
+        outline.promised = sum(self._num_blocks(seq.num_tokens) - len(seq.block_ids) for seq in catching_up)
         for seq in catching_up:
-            self._admit_before(draft, seq.order_key)
-            if draft.budget == 0:
+            self._admit_before(outline, seq.order_key)
+            if outline.budget == 0:
                 break
             if seq in self._running:
-                self._compute(draft, seq)
-        self._admit_before(draft, (float("inf"), 0.0, 0))
-        assert draft.items or not self._open, "requests are open, and none can run"
-        return Plan(tuple(draft.items.values()), tuple(draft.copies.values()))
+                self._compute(outline, seq)
+        self._admit_before(outline, (float("inf"), 0.0, 0))
+        self._placing.extend(outline, drafts, self.max_len)
+        assert outline.items or not self._open, "requests are open, and none can run"
+        return Plan(tuple(outline.items.values()), tuple(outline.copies.values()))
 
     def commit(self, plan: Plan, result: StepResult) -> list[StepDelta]:
         """Takes in what a plan computed: tokens, cache entries, ends. Requests aborted meanwhile are skipped."""
@@ -154,17 +181,17 @@ class Scheduler:
         deltas, self._undelivered = self._undelivered, []
         sampled = iter(result.sampled)
         for item in plan.items:
-            token = next(sampled) if item.samples else None
+            tokens = next(sampled) if item.samples else ()
             seq = item.seq
             if self._open.get(seq.request_id) is not seq:
                 continue
-            seq.num_computed = item.start + item.num_tokens
+            seq.num_computed = item.start + item.num_known
             if seq.wants_prompt_logprobs:
                 seq.prompt_logprobs.extend(result.prompt_logprobs.get(seq.request_id, ()))
-            self._register(seq)
-            if token is not None:
-                deltas.append(self._append(seq, token))
+            if item.samples:
+                deltas += self._append(item, tokens)
             else:
+                self._register(seq)
                 self.ranking.progressed(seq)
         return deltas
 
@@ -188,36 +215,43 @@ class Scheduler:
 
     # How a plan is filled.
 
-    def _compute(self, draft: Draft, seq: Sequence) -> None:
+    @property
+    def _prefill_limit(self) -> int:
+        """Prompt tokens that running answers will wait for in one step."""
+        if self.config.max_prefill_stall_s is None:
+            return self.config.max_num_batched_tokens
+        return max(MIN_PREFILL_TOKENS, int(self.config.max_prefill_stall_s * self.ranking.pace.tokens_per_s))
+
+    def _compute(self, outline: Outline, seq: Sequence) -> None:
         """Plans a running sequence's next tokens; for blocks it preempts from the end of the order, even itself."""
-        num_tokens = min(seq.num_remaining, draft.budget)
+        num_tokens = min(seq.num_remaining, outline.budget)
         needed = self._num_blocks(seq.num_computed + num_tokens) - len(seq.block_ids)
         while needed > self.pool.num_free:
             victim = self._running.last
-            self._preempt(draft, victim)
+            self._preempt(outline, victim)
             if victim is seq:
                 return
         if needed > 0:
             seq.block_ids.extend(self.pool.allocate(needed))
-            draft.promised -= needed
+            outline.promised -= needed
         samples = seq.num_computed + num_tokens == seq.num_tokens
-        draft.items[seq.request_id] = PlanItem(seq, seq.num_computed, num_tokens, samples)
-        draft.budget -= num_tokens
+        outline.items[seq.request_id] = PlanItem(seq, seq.num_computed, num_tokens, samples)
+        outline.budget -= num_tokens
 
-    def _admit_before(self, draft: Draft, limit: OrderKey) -> None:
+    def _admit_before(self, outline: Outline, limit: OrderKey) -> None:
         """Admits waiting sequences that come before `limit`, until one does not fit: it is not overtaken."""
-        while draft.budget > 0 and len(self._running) < self.max_running:
+        while outline.budget > 0 and len(self._running) < self.max_running:
             seq = self._waiting.peek()
             if seq is None or seq.order_key > limit or not self._has_adapter_slot(seq):
                 return
             if self._refresh(seq):  # it may not be the next any more, or before the limit
                 continue
-            if not self._placing.place(draft, seq, len(self._running)):
+            if not self._placing.place(outline, seq, len(self._running)):
                 return
             self._waiting.pop()
             self._running.add(seq)
             self.ranking.progressed(seq)
-            self._compute(draft, seq)
+            self._compute(outline, seq)
 
     def _refresh(self, seq: Sequence) -> bool:
         """Moves a waiting sequence to where it belongs by what the cache holds of it now; whether it moved."""
@@ -234,14 +268,14 @@ class Scheduler:
         used = {running.request.adapter for running in self._running} - {None}
         return adapter in used or len(used) < self.config.max_adapters
 
-    def _preempt(self, draft: Draft, seq: Sequence) -> None:
-        """Takes back a running sequence's blocks, and its part of the draft; it waits at its old place."""
-        item = draft.items.pop(seq.request_id, None)
+    def _preempt(self, outline: Outline, seq: Sequence) -> None:
+        """Takes back a running sequence's blocks, and its part of the outline; it waits at its old place."""
+        item = outline.items.pop(seq.request_id, None)
         if item is not None:
-            draft.budget += item.num_tokens
-        assert seq.request_id not in draft.copies, "only those before it in the order were admitted in this plan"
+            outline.budget += item.num_tokens
+        assert seq.request_id not in outline.copies, "only those before it in the order were admitted in this plan"
         if seq.num_remaining > 1:
-            draft.promised -= self._num_blocks(seq.num_tokens) - len(seq.block_ids)
+            outline.promised -= self._num_blocks(seq.num_tokens) - len(seq.block_ids)
         self._vacate(seq)
         if seq.wants_prompt_logprobs:
             seq.prompt_logprobs.clear()  # they come again
@@ -265,24 +299,20 @@ class Scheduler:
             self.pool.store(seq.namespace, seq.tokens, seq.block_ids, range(seq.num_registered, num_full))
             seq.num_registered = num_full
 
-    def _append(self, seq: Sequence, token: Sampled) -> StepDelta:
-        seq.tokens.append(token.token_id)
-        self.num_output_tokens += 1
-        delta = StepDelta(seq.request_id, seq.request.attempt, (token.token_id,))
-        if token.logprob is not None:
-            delta.logprobs = (token.logprob,)
-        if seq.num_tokens == seq.num_prior + 1:
-            delta.num_cached_tokens = seq.num_cached
-            if seq.request.sampling.prompt_logprobs is not None and not seq.request.produced:
-                delta.prompt_logprobs = (None, *seq.prompt_logprobs)
-                seq.prompt_logprobs.clear()
-        ended = finish(seq, self.config, self.max_len)
-        if ended is not None:
-            delta.finish_reason, delta.stop_reason = ended
+    def _append(self, item: PlanItem, sampled: tuple[Sampled, ...]) -> list[StepDelta]:
+        """Takes in an item's new tokens, up to the one that ends the sequence."""
+        seq, before = item.seq, item.seq.num_tokens
+        deltas = take_in(seq, sampled, self.config, self.max_len)
+        seq.num_computed += max(0, seq.num_tokens - before - 1)
+        self.num_output_tokens += seq.num_tokens - before
+        if item.drafts:
+            self._placing.shrink(seq)
+        self._register(seq)
+        if deltas[-1].finish_reason is not None:
             self._end(seq)
         else:
             self.ranking.progressed(seq)
-        return delta
+        return deltas
 
     # Where sequences and blocks are.
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, TypeVar
 
@@ -25,6 +25,8 @@ from replicas.contract import (
 from replicas.engine.core import EngineCore
 from replicas.engine.limits import unknown_token
 from replicas.engine.stall import thread_cpu_s
+from replicas.engine.structured.grammar import Grammar
+from replicas.engine.structured.store import GrammarStore
 from routing.waiting import merged
 
 T = TypeVar("T")
@@ -39,6 +41,15 @@ class BuiltEngine:
 
     core: EngineCore
     facts: EngineFacts
+    grammars: GrammarStore | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Constrained:
+    """A request with the grammar it asks for."""
+
+    request: GenerateRequest
+    grammar: Grammar
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +65,7 @@ class Call:
     done: asyncio.Future[None]
 
 
-Message: TypeAlias = GenerateRequest | Abort | Call
+Message: TypeAlias = GenerateRequest | Constrained | Abort | Call
 
 
 class Outlet(Protocol):
@@ -105,19 +116,21 @@ class EngineThread:
     def send(self, message: Message) -> None:
         """Leaves a message to be taken before the next step."""
         self._num_sent += 1
-        if isinstance(message, GenerateRequest):
+        request = message.request if isinstance(message, Constrained) else message
+        if isinstance(request, GenerateRequest):
             self._forget_counted(self._num_counted)
-            self._uncounted.append((self._num_sent, message.num_uncached or max(1, message.num_prompt_tokens)))
+            self._uncounted.append((self._num_sent, _num_to_compute(request)))
         self._inbox.append(message)
         self._wake.set()
 
-    def load(self) -> EngineStats:
-        """The engine's load: as of its last step, and requests sent since as waiting."""
+    def load(self, unsent: Iterable[GenerateRequest] = ()) -> EngineStats:
+        """The engine's load: as of its last step, and as waiting the requests sent since and those yet to be sent."""
         counted, stats = self._num_counted, self._stats  # in this order: the thread writes them in the other one
         self._forget_counted(counted)
-        if not self._uncounted:
-            return stats
         sizes = [num_tokens for _, num_tokens in self._uncounted]
+        sizes += map(_num_to_compute, unsent)
+        if not sizes:
+            return stats
         return msgspec.structs.replace(
             stats,
             num_waiting=stats.num_waiting + len(sizes),
@@ -195,18 +208,23 @@ class EngineThread:
     def _take(self, engine: BuiltEngine, message: Message, outlet: Outlet) -> None:
         core = engine.core
         if isinstance(message, GenerateRequest):
-            fault = unknown_token(message, engine.facts.vocab_size)
-            try:
-                if fault is not None:
-                    raise RefusedError(fault)
-                core.add(message)
-            except RefusedError as error:
-                delta = StepDelta(message.request_id, message.attempt, finish_reason="error", fault=error.fault)
-                self._post(lambda: outlet.deliver([delta]))
+            self._add(engine, message, None, outlet)
+        elif isinstance(message, Constrained):
+            self._add(engine, message.request, message.grammar, outlet)
         elif isinstance(message, Abort):
             core.abort(message.request_id)
         else:
             self._call(core, message)
+
+    def _add(self, engine: BuiltEngine, request: GenerateRequest, grammar: Grammar | None, outlet: Outlet) -> None:
+        fault = unknown_token(request, engine.facts.vocab_size)
+        try:
+            if fault is not None:
+                raise RefusedError(fault)
+            engine.core.add(request, grammar)
+        except RefusedError as error:
+            delta = StepDelta(request.request_id, request.attempt, finish_reason="error", fault=error.fault)
+            self._post(lambda: outlet.deliver([delta]))
 
     def _call(self, core: EngineCore, call: Call) -> None:
         failure: Exception | None = None
@@ -234,6 +252,11 @@ class EngineThread:
             self._loop.call_soon_threadsafe(callback)
         except RuntimeError:  # the event loop is closed: nobody is left to tell
             self._is_stopping = True
+
+
+def _num_to_compute(request: GenerateRequest) -> int:
+    """Tokens of its prompt, but for those that the cache holds as far as is known."""
+    return request.num_uncached or max(1, request.num_prompt_tokens)
 
 
 def _complete(future: asyncio.Future[T], outcome: T | Exception) -> None:

@@ -1,23 +1,48 @@
-"""Weights from safetensors files, mapped into memory: a tensor is read when asked for, converted and laid out once."""
+"""A decoder's weights from any source, converted and laid out once: quantised matrices become their own products."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+import torch.nn.functional as F
 from torch import Tensor
 
 from replicas.contract import EngineError
 from replicas.engine.families import DecoderSpec
 from replicas.engine.linear import Linear, make_linear
+from replicas.engine.quantization.linears import (
+    DequantisingLinear,
+    KernelLinear,
+    QuantisedLinears,
+    SplitLinear,
+    rows_of,
+)
+from replicas.engine.quantization.matrix import Quantised, stacked
+from replicas.engine.quantization.source import EMBEDDING, HEAD, WeightSource
 from replicas.engine.rope import pair_order
+from replicas.engine.tensors import Checkpoint
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+__all__ = ["Checkpoint", "DecoderWeights", "Embedding", "LayerWeights", "WeightLoader"]
+
+
+class Embedding(Protocol):
+    """A vector per token."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """token_ids: [num_tokens] → [num_tokens, hidden] in the decoder's dtype, freshly allocated."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,77 +63,79 @@ class LayerWeights:
 class DecoderWeights:
     """A whole decoder, on one device in one dtype."""
 
-    embedding: Tensor  # [vocab, hidden]
+    embedding: Embedding  # vocab → hidden
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # [hidden]
     head: Linear  # hidden → vocab
 
 
-class Checkpoint:
-    """The tensors of a model folder by name. Files stay mapped as long as the checkpoint lives."""
-
-    def __init__(self, model_dir: Path) -> None:
-        self._file_of = _index(model_dir)
-        self._open: dict[Path, Any] = {}
-
-    def get(self, name: str) -> Tensor:
-        """A tensor as stored, its pages still on disk. Raises EngineError naming what is missing or broken."""
-        path = self._file_of.get(name)
-        if path is None:
-            raise EngineError(f"the checkpoint has no tensor {name!r}")
-        try:
-            if path not in self._open:
-                self._open[path] = safe_open(path, framework="pt", device="cpu")
-            tensor: Tensor = self._open[path].get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise EngineError(f"{path} cannot be read: {error}") from error
-        return tensor
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+def weight_bytes(weights: DecoderWeights) -> int:
+    """What the matrices take in memory; what several share counts once."""
+    matrices: list[object] = [weights.head]
+    embedding = weights.embedding
+    matrices.append(embedding.matrix if isinstance(embedding, QuantisedEmbedding) else embedding)
+    matrices += [m for layer in weights.layers for m in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+    return sum(getattr(matrix, "num_bytes", 0) for matrix in {id(matrix): matrix for matrix in matrices}.values())
 
 
-def _index(model_dir: Path) -> dict[str, Path]:
-    index = model_dir / _INDEX
-    try:
-        if index.is_file():
-            names: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            return {name: model_dir / file for name, file in names.items()}
-        files = [model_dir / _SINGLE] if (model_dir / _SINGLE).is_file() else sorted(model_dir.glob("*.safetensors"))
-        if not files:
-            raise EngineError(f"{model_dir} holds no *.safetensors")
-        found: dict[str, Path] = {}
-        for file in files:
-            with safe_open(file, framework="pt") as opened:
-                found.update(dict.fromkeys(opened.keys(), file))
-        return found
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise EngineError(f"the weights in {model_dir} cannot be read: {type(error).__name__}: {error}") from error
+class PlainEmbedding:
+    """A table, in its file's dtype where that is narrower than the decoder's: [vocab, hidden]. It is copied: what is
+    mapped changes with its file."""
+
+    def __init__(self, table: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+        kept = table.dtype if table.dtype.itemsize < dtype.itemsize else dtype
+        self._table = table.to(device=device, dtype=kept, copy=True)
+        self.vocab_size = table.shape[0]
+        self.num_bytes = self._table.nbytes
+        self.dtype, self.device = dtype, self._table.device
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        return F.embedding(token_ids, self._table).to(self.dtype)
+
+
+class QuantisedEmbedding:
+    """Rows of a quantised matrix, dequantised as they are asked for; tied embeddings share the head's."""
+
+    def __init__(self, matrix: KernelLinear | DequantisingLinear, dtype: torch.dtype, device: torch.device) -> None:
+        self.matrix = matrix
+        self.vocab_size = matrix.num_rows
+        self.dtype, self.device = dtype, device
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        return rows_of(self.matrix, token_ids).to(self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class WeightLoader:
-    """Turns a checkpoint into `DecoderWeights`: one tensor at a time is held twice, never the model."""
+    """Turns a source into `DecoderWeights`: one tensor at a time is held twice, never the model. `linears` makes the
+    products of quantised matrices; without it they run on torch's own operators."""
 
-    checkpoint: Checkpoint
+    checkpoint: WeightSource
     spec: DecoderSpec
     dtype: torch.dtype
     device: torch.device
+    linears: QuantisedLinears | None = None
 
     def load(self) -> DecoderWeights:
         """Reads everything. Raises EngineError for a missing tensor or a shape that config.json does not imply."""
-        spec = self.spec
-        embedding = self._tensor("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
-        head = embedding if self._is_tied() else self._tensor("lm_head.weight", (spec.vocab_size, spec.hidden_size))
+        embedding, head = self._ends()
         return DecoderWeights(
             embedding=embedding,
-            layers=tuple(self._layer(f"model.layers.{i}.") for i in range(spec.num_layers)),
-            norm=self._tensor("model.norm.weight", (spec.hidden_size,)),
-            head=make_linear(head),
+            layers=tuple(self._layer(f"model.layers.{i}.") for i in range(self.spec.num_layers)),
+            norm=self._tensor("model.norm.weight", (self.spec.hidden_size,)),
+            head=head,
         )
 
-    def _is_tied(self) -> bool:
-        return self.spec.tied_embeddings or "lm_head.weight" not in self.checkpoint
+    def _ends(self) -> tuple[Embedding, Linear]:
+        shape = (self.spec.vocab_size, self.spec.hidden_size)
+        table = self.checkpoint.matrix(EMBEDDING, shape)
+        tied = self.spec.tied_embeddings or f"{HEAD}.weight" not in self.checkpoint
+        if not isinstance(table, Quantised):
+            head = table if tied else self.checkpoint.matrix(HEAD, shape)
+            return PlainEmbedding(table, self.dtype, self.device), self._product([head], None)
+        rows = self._quantised(table, None)
+        embedding = QuantisedEmbedding(rows, self.dtype, self.device)
+        return embedding, rows if tied else self._product([self.checkpoint.matrix(HEAD, shape)], None)
 
     def _layer(self, prefix: str) -> LayerWeights:
         spec = self.spec
@@ -132,23 +159,50 @@ class WeightLoader:
 
     def _fused(self, parts: list[tuple[str, int]], in_features: int, has_bias: bool, rotated: int = 0) -> Linear:
         """One product out of several with the same input; the first `rotated` parts get their heads in pair order."""
-        total = sum(rows for _, rows in parts)
-        weight = torch.empty(total, in_features, dtype=self.dtype, device=self.device)
-        bias = torch.empty(total, dtype=self.dtype, device=self.device) if has_bias else None
-        start = 0
+        matrices = []
         for i, (name, rows) in enumerate(parts):
-            weight[start : start + rows] = self._rows(name + ".weight", (rows, in_features), i < rotated)
-            if bias is not None:
-                bias[start : start + rows] = self._rows(name + ".bias", (rows,), i < rotated)
-            start += rows
-        return make_linear(weight, bias)
+            matrix = self.checkpoint.matrix(name, (rows, in_features))
+            matrices.append(self._in_pairs(matrix) if i < rotated else matrix)
+        if not has_bias:
+            return self._product(matrices, None)
+        biases = [self._checked(f"{name}.bias", (rows,)) for name, rows in parts]
+        biases = [self._bias_in_pairs(bias) if i < rotated else bias for i, bias in enumerate(biases)]
+        return self._product(matrices, torch.cat(biases).to(device=self.device, dtype=self.dtype))
 
-    def _rows(self, name: str, shape: tuple[int, ...], rotated: bool) -> Tensor:
-        tensor = self._checked(name, shape)
-        if not rotated:
-            return tensor
-        heads = tensor.view(-1, self.spec.head_dim, *shape[1:])
-        return heads[:, pair_order(self.spec.head_dim)].flatten(0, 1)
+    def _product(self, matrices: Sequence[Tensor | Quantised], bias: Tensor | None) -> Linear:
+        """Matrices with the same input as one product, or as one behind the other where they differ in kind."""
+        plain = [matrix for matrix in matrices if isinstance(matrix, Tensor)]
+        if len(plain) == len(matrices):
+            return make_linear(self._joined(plain), bias)
+        quantised = [matrix for matrix in matrices if isinstance(matrix, Quantised)]
+        whole = stacked(quantised) if len(quantised) == len(matrices) else None
+        if whole is not None:
+            return self._quantised(whole, bias)
+        rows = [m.rows if isinstance(m, Quantised) else m.shape[0] for m in matrices]
+        biases = [None] * len(rows) if bias is None else list(torch.split(bias, rows))
+        return SplitLinear([self._product([m], b) for m, b in zip(matrices, biases, strict=True)])
+
+    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
+        weight = torch.empty(sum(map(len, parts)), parts[0].shape[1], dtype=self.dtype, device=self.device)
+        start = 0
+        for part in parts:
+            weight[start : start + len(part)] = part
+            start += len(part)
+        return weight
+
+    def _quantised(self, matrix: Quantised, bias: Tensor | None) -> KernelLinear | DequantisingLinear:
+        return (self.linears or QuantisedLinears(None, self.device)).linear(matrix, bias)
+
+    def _in_pairs(self, matrix: Tensor | Quantised) -> Tensor | Quantised:
+        """A projection's rows, each head's in `pair_order`."""
+        order = self._pair_rows(matrix.rows if isinstance(matrix, Quantised) else matrix.shape[0])
+        return matrix.take(order) if isinstance(matrix, Quantised) else matrix[order]
+
+    def _bias_in_pairs(self, bias: Tensor) -> Tensor:
+        return bias[self._pair_rows(bias.shape[0])]
+
+    def _pair_rows(self, num_rows: int) -> Tensor:
+        return torch.arange(num_rows).view(-1, self.spec.head_dim)[:, pair_order(self.spec.head_dim)].flatten()
 
     def _head_norm(self, name: str) -> Tensor | None:
         if not self.spec.qk_norm:
@@ -156,7 +210,7 @@ class WeightLoader:
         return self._tensor(name, (self.spec.head_dim,))[pair_order(self.spec.head_dim).to(self.device)]
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self._checked(name, shape).to(device=self.device, dtype=self.dtype)
+        return self._checked(name, shape).to(device=self.device, dtype=self.dtype, copy=True)
 
     def _checked(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self.checkpoint.get(name)

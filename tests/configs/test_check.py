@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from configs.check import missing_models, problems
+from configs.check import broken_adapters, missing_models, problems
 from configs.errors import show_key
 from configs.schema import Config
 
@@ -94,6 +95,39 @@ def test_an_adapter_of_a_model_whose_replicas_have_no_slots_is_found() -> None:
     assert (at, reason) == ("adapters[0].base_model", "no group of model 'm' has adapter slots")
 
 
+NATIVE = {"name": "g", "model": "m", "engine": {"kind": "native", "max_adapters": 2, "max_lora_rank": 16}}
+
+
+def broken(tmp_path: Path, found_rank: int, **adapter: Any) -> list[tuple[str, str]]:
+    """What is wrong with a profile's adapter whose checkpoint has a rank."""
+    folder = tmp_path / "a"
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"peft_type": "LORA", "r": found_rank, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    (folder / "adapter_model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    declared = {"name": "a", "base_model": "m", "path": str(folder), **adapter}
+    content = {**BASE, "models": [{"id": "m", "source": str(tmp_path)}], "groups": [NATIVE], "adapters": [declared]}
+    config = msgspec.convert(content, Config)
+    assert problems(config) == []
+    return [(show_key(problem.key), problem.reason) for problem in broken_adapters(config)]
+
+
+def test_a_profile_s_adapters_are_looked_at_before_anything_starts(tmp_path: Path) -> None:
+    assert broken(tmp_path / "x", 8) == []
+    assert broken(tmp_path / "x", 12) == [("adapters[0].rank", "its checkpoint has rank 12, got 8")]
+    ((key, reason),) = broken(tmp_path / "x", 32, rank=32)
+    assert key == "adapters[0].path" and "beyond engine.max_lora_rank (16)" in reason
+    ((key, reason),) = broken(tmp_path / "x", 8, path=str(tmp_path / "nowhere"))
+    assert key == "adapters[0].path" and "adapter_config.json is missing" in reason
+    ((key, reason),) = broken(tmp_path / "x", 8, path="adapters/a")
+    assert key == "adapters[0].path" and "needs an absolute path" in reason
+
+
+def test_an_anonymous_tenant_is_no_administrator() -> None:
+    found_ = found(tenants=[{"id": "t", "anonymous": True, "admin": True}])
+    assert found_ == [("tenants[0].admin", "tenant 't' is anonymous: everybody would be an administrator")]
+
+
 def test_a_key_given_to_two_tenants_is_found_without_being_shown() -> None:
     digest = "2c70e12b7a0646f92279f427c7b38e7334d8e5389cff167a1dc30e73f826b683"  # SHA-256 of "key"
     tenants = [{"id": "t", "keys": ["key"]}, {"id": "u", "key_sha256": [digest]}]
@@ -115,3 +149,28 @@ def test_missing_model_files_name_the_command_that_gets_them(tmp_path: Path) -> 
     assert set(reasons) == {"models[0].source", "models[1].source"}
     assert reasons["models[0].source"].endswith("run: warmgate models pull smollm2-135m")
     assert reasons["models[1].source"].endswith("run: warmgate models pull org/name")
+
+
+@pytest.mark.parametrize(
+    ("speculative", "key", "part"),
+    [
+        ({"method": "draft_model"}, "", "method draft_model needs a model"),
+        ({"method": "mlp_speculator"}, "", "method mlp_speculator needs a model"),
+        ({"method": "ngram", "model": "m"}, ".model", "method ngram takes no model"),
+        (
+            {"method": "ngram", "prompt_lookup_min": 4, "prompt_lookup_max": 3},
+            ".prompt_lookup_min",
+            "must be at most prompt_lookup_max (3), got 4",
+        ),
+    ],
+)
+def test_speculation_that_lacks_what_it_needs_is_found(speculative: dict[str, Any], key: str, part: str) -> None:
+    models = [{"id": "m", "source": "smollm2-135m"}]
+    assert found(models=models, groups=[{"name": "g", "model": "m", "engine": {"speculative": speculative}}]) == [
+        (f"groups[0].engine.speculative{key}", part)
+    ]
+
+
+def test_the_sim_engine_pretends_a_model_for_its_guesses() -> None:
+    engine = {"kind": "sim", "speculative": {"method": "draft_model"}}
+    assert found(groups=[{"name": "g", "model": "m", "engine": engine}]) == []

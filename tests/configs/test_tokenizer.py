@@ -95,7 +95,7 @@ def test_a_model_with_vision_has_its_sizes_in_the_text_config(tmp_path: Path) ->
     [
         ({"config__json": None}, "has no config.json; give a folder with"),
         ({"config__json": None, "tokenizer__json": None}, "has no config.json and no tokenizer.json"),
-        ({"model__safetensors": None}, r"has no \*\.safetensors file"),
+        ({"model__safetensors": None}, r"has no \*\.safetensors and no \*\.gguf file"),
         ({"config__json": "{"}, "cannot read .*config.json"),
         ({"config__json": "[]"}, "expected an object, got list"),
         ({"tokenizer__json": "{}"}, "cannot read .*tokenizer.json"),
@@ -105,6 +105,12 @@ def test_a_broken_folder_is_refused_in_one_line(files: dict[str, Any], expected:
     with pytest.raises(ConfigError, match=expected) as caught:
         load(folder(tmp_path / "m", **files))
     assert "\n" not in str(caught.value)
+
+
+def test_a_gguf_takes_the_place_of_safetensors(tmp_path: Path) -> None:
+    path = folder(tmp_path / "m", model__safetensors=None)
+    (path / "model.gguf").write_bytes(b"")
+    assert load(path).path == path
 
 
 def test_catalogue_name_and_hub_id_share_a_folder(tmp_path: Path) -> None:

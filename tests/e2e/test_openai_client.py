@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel, Field
 
 from tests.e2e.conftest import MODEL
 
@@ -126,3 +127,32 @@ def test_a_context_overflow_names_the_numbers(client: openai.OpenAI) -> None:
         client.completions.create(model=MODEL, prompt="word " * 9000, max_tokens=5)
     assert caught.value.code == "context_length_exceeded"
     assert "8192" in caught.value.message
+
+
+class Country(BaseModel):
+    name: str = Field(max_length=20)
+    capital: str = Field(max_length=20)
+    in_europe: bool
+
+
+def test_structured_output_and_a_required_call(client: openai.OpenAI) -> None:
+    question = [{"role": "user", "content": "Describe France: its name, its capital, whether it is in Europe."}]
+    chat = client.chat.completions.parse(model=MODEL, messages=question, response_format=Country, temperature=0)
+    assert isinstance(chat.choices[0].message.parsed, Country)
+    tool = openai.pydantic_function_tool(Country, name="remember")
+    stream = client.chat.completions.create(
+        model=MODEL, messages=question, tools=[tool], tool_choice="required", parallel_tool_calls=False, stream=True
+    )
+    parts = [part for chunk in stream if chunk.choices for part in chunk.choices[0].delta.tool_calls or []]
+    assert parts[0].function is not None and parts[0].function.name == "remember"
+    arguments = "".join(part.function.arguments or "" for part in parts if part.function)
+    assert Country.model_validate_json(arguments)
+
+
+def test_a_grammar_that_would_kill_an_engine_kills_nobody(client: openai.OpenAI) -> None:
+    deep: dict[str, object] = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}]} for i in range(1500)}
+    schema = {"$ref": "#/$defs/d0", "$defs": {**deep, "d1500": {"type": "integer"}}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=MODEL, messages=FRANCE, extra_body={"guided_json": schema})
+    assert caught.value.code == "grammar_too_complex"
+    assert client.chat.completions.create(model=MODEL, messages=FRANCE, max_tokens=2).choices

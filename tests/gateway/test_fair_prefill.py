@@ -80,7 +80,7 @@ class Bench:
         for item in plan.items:
             num_prompt = max(0, min(item.seq.num_prompt, item.start + item.num_tokens) - item.start)
             self.served[item.seq.request.tenant] += INPUT_WEIGHT * num_prompt + OUTPUT_WEIGHT * item.samples
-        return StepResult(tuple(Sampled(97) for item in plan.items if item.samples))
+        return StepResult(tuple((Sampled(97),) for item in plan.items if item.samples))
 
     def step(self) -> None:
         scheduler = self.core.scheduler

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -44,6 +46,26 @@ def test_what_is_added_is_listed_and_what_is_removed_is_not(run: Runner) -> None
     assert json.loads(run("list", "--json").output)[0]["current"] is True
     assert run("remove", "voice").exit_code == 0
     assert json.loads(run("list", "--json").output) == []
+
+
+def checkpoint(folder: Path, **changes: Any) -> Path:
+    """A folder as PEFT saves it, with weights that are none."""
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **changes}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    return folder
+
+
+def test_a_checkpoint_that_is_here_tells_its_rank_size_and_digest(run: Runner, tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "x", rank_pattern={"q_proj": 12})
+    assert run("add", "voice", "--base-model", "m", "--path", str(folder)).exit_code == 0
+    (row,) = json.loads(run("list", "--json").output)
+    assert (row["path"], row["rank"], row["num_bytes"]) == (str(folder), 12, 10) and len(row["digest"]) == 32
+    broken = checkpoint(tmp_path / "y", use_dora=True)
+    refused = run("add", "other", "--base-model", "m", "--path", str(broken))
+    assert refused.exit_code == 1 and "DoRA cannot be served" in refused.output
+    assert run("add", "remote", "--base-model", "m", "--path", "/on/another/machine", "--rank", "32").exit_code == 0
 
 
 @pytest.mark.parametrize(

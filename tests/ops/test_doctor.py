@@ -165,6 +165,20 @@ def test_memory_arithmetic_follows_the_profiles_dtype(tmp_path: Path) -> None:
     assert shape.kv_bytes_per_token("auto") == 2 * 30 * 3 * 64 * 4  # keys and values, layers, heads, width, float32
     assert shape.kv_bytes_per_token("bfloat16") == 2 * 30 * 3 * 64 * 2
     assert (shape.weights_in("auto"), shape.weights_in("bfloat16")) == (1000, 500)
+    assert (shape.weights_in("float32", "int8"), shape.weights_in("float32", "nf4")) == (262, 162)
+    assert shape.kv_bytes_per_token("float32", "int8") == 2 * 30 * 3 * (64 + 2)
+    assert shape.kv_bytes_per_token("float32", "fp8") == 2 * 30 * 3 * 64
+
+
+def test_quantised_files_are_held_as_they_lie(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    _llama(folder)
+    (folder / "model.safetensors").rename(folder / "model.gguf")
+    assert ModelShape.read(folder).weights_in("float32") == 1000
+    (folder / "model.gguf").rename(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    assert ModelShape.read(folder).weights_in("float32") == 1000
 
 
 def test_kv_cache_too_small_for_the_longest_request_is_to_be_minded(tmp_path: Path) -> None:
@@ -177,6 +191,25 @@ def test_kv_cache_too_small_for_the_longest_request_is_to_be_minded(tmp_path: Pa
     found = group_memory(small, model, tmp_path)
     assert found.status == "warn"
     assert f"max_model_len to {tokens // 8} at most" in found.advice
+
+
+def test_the_memory_of_lora_adapters_counts_as_far_as_their_slots_can_use_it(tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "smollm2-135m"
+    _llama(folder)
+    config = json.loads((folder / "config.json").read_text())
+    model, group = ModelConfig(id="m", source="smollm2-135m"), GroupConfig(name="g", model="m")
+
+    def pool(**changes: object) -> int:
+        changed = msgspec.structs.replace(group, engine=msgspec.structs.replace(group.engine, **changes))
+        return group_memory(changed, model, tmp_path).replica_bytes - group_memory(group, model, tmp_path).replica_bytes
+
+    assert pool(max_adapters=8, lora_pool_gib=2.0) == 2 * GIB, "a config.json that does not tell the sizes"
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 1536}))
+    page = 30 * (6 * 576 + 1536 + 2 * 576 + 2 * 192 + 2 * 1536 + 576) * 4
+    assert pool(max_adapters=2, max_lora_rank=8, lora_pool_gib=2.0) == 17 * page, "with the page of zeros"
+    assert pool(max_adapters=2, max_lora_rank=8, lora_pool_gib=2.0, lora_dtype="bfloat16") == 17 * page // 2
+    assert pool(max_adapters=100, max_lora_rank=64, lora_pool_gib=2.0) == 2 * GIB
+    assert pool(max_adapters=0, lora_pool_gib=2.0) == 0
 
 
 def test_auto_is_float32_on_a_cpu_whatever_the_files_hold(tmp_path: Path) -> None:

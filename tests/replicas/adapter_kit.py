@@ -21,20 +21,26 @@ from replicas.contract import (
 from tests.replicas.engine_kit import VirtualClock, make_request
 from tests.replicas.scripted import FACTS, ScriptedEngine
 
+MAX_RANK = 64
+
 
 class LoadingEngine(ScriptedEngine):
-    """`loads` are under way until `finish`; slots are counted as an engine would."""
+    """`loads` are under way until `finish`; slots are counted as an engine would. Unloads wait for `unload_gate`."""
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, num_ranks: int | None) -> None:
         super().__init__()
         self.num_slots = num_slots
+        self.num_ranks = num_slots * MAX_RANK if num_ranks is None else num_ranks
+        self.unload_gate = asyncio.Event()
+        self.unload_gate.set()
         self.loads: dict[str, asyncio.Future[None]] = {}
         self.resident: list[str] = []
         self.num_loads = 0
 
     async def start(self, sink: StepSink) -> EngineFacts:
         await super().start(sink)
-        return msgspec.structs.replace(FACTS, max_adapters=self.num_slots)
+        ranks = {"max_adapter_rank": MAX_RANK, "adapter_pool_ranks": self.num_ranks}
+        return msgspec.structs.replace(FACTS, max_adapters=self.num_slots, **ranks)
 
     def submit(self, request: GenerateRequest) -> None:
         if request.adapter is not None and request.adapter not in self.resident:
@@ -54,6 +60,7 @@ class LoadingEngine(ScriptedEngine):
 
     async def unload_adapter(self, adapter_id: str) -> None:
         assert all(r.adapter != adapter_id for r in self.open.values()), f"{adapter_id} is in use"
+        await self.unload_gate.wait()
         self.resident.remove(adapter_id)
 
     def stats(self) -> EngineStats:
@@ -80,9 +87,9 @@ class Shelf:
 class AdapterKit:
     """The wrapper around a loading engine; `deltas` by request."""
 
-    def __init__(self, num_slots: int = 2, max_loads: int = 2, **options: float) -> None:
+    def __init__(self, num_slots: int = 2, max_loads: int = 2, num_ranks: int | None = None, **options: float) -> None:
         self.clock = VirtualClock()
-        self.inner = LoadingEngine(num_slots)
+        self.inner = LoadingEngine(num_slots, num_ranks)
         self.shelf = Shelf(*(f"{name}@1" for name in "abcdefgh"))
         chosen = AdapterOptions(max_loads=max_loads, clock=self.clock, **options)  # type: ignore[arg-type]
         self.engine = AdapterEngine(self.inner, self.shelf, chosen)

@@ -50,7 +50,8 @@ class CheckedRunner:
         for item in plan.items:
             seq, size = item.seq, pool.block_size
             assert item.start == seq.num_computed and item.num_tokens > 0
-            assert item.samples == (item.start + item.num_tokens == seq.num_tokens)
+            assert item.samples == (item.start + item.num_known == seq.num_tokens)
+            assert item.samples or not item.drafts
             state = root_state(seq.request.adapter)
             for position in range(item.start):
                 state = next_state(state, seq.tokens[position])

@@ -8,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from replicas.adapter_slots import AdapterSlots, Claim
 
+MAX_RANKS = 40
 NAMES = st.sampled_from([f"a{i}@1" for i in range(7)])
 
 
@@ -25,11 +26,11 @@ def test_the_least_used_goes_first_and_what_is_in_use_never() -> None:
         for _ in range(num_uses):
             slots.used(name, 0.0)
     slots.pin("a")
-    assert slots.claim("d") == Claim("d", "b")
-    assert slots.claim("e") == Claim("e", "c")
+    assert slots.claim("d") == Claim("d", ("b",))
+    assert slots.claim("e") == Claim("e", ("c",))
     assert slots.claim("f") is None and not slots.has_room
     slots.unpin("a")
-    assert slots.has_room and slots.claim("f") == Claim("f", "a")
+    assert slots.has_room and slots.claim("f") == Claim("f", ("a",))
 
 
 def test_uses_fade_so_that_yesterday_s_favourite_makes_room() -> None:
@@ -37,7 +38,7 @@ def test_uses_fade_so_that_yesterday_s_favourite_makes_room() -> None:
     for _ in range(50):
         slots.used("old", 0.0)
     slots.used("new", 3600.0)
-    assert slots.claim("x") == Claim("x", "old")
+    assert slots.claim("x") == Claim("x", ("old",))
 
 
 def test_one_that_comes_back_is_known_for_what_it_was() -> None:
@@ -46,20 +47,35 @@ def test_one_that_comes_back_is_known_for_what_it_was() -> None:
         slots.used("hot", float(at))
     slots.used("rare", 10.0)
     slots.pin("rare")
-    assert slots.claim("flood") == Claim("flood", "hot")
+    assert slots.claim("flood") == Claim("flood", ("hot",))
     slots.failed("flood")
     slots.unpin("rare")
     slots.claim("hot")
     slots.loaded("hot")
     slots.used("rare", 11.0)
-    assert slots.claim("flood") == Claim("flood", "rare"), "used last, but seldom"
+    assert slots.claim("flood") == Claim("flood", ("rare",)), "used last, but seldom"
+
+
+def test_a_large_rank_takes_the_room_of_several_and_none_that_it_does_not_need() -> None:
+    slots = AdapterSlots(8, max_ranks=64)
+    for i, name in enumerate(("a", "b", "c", "d")):
+        for _ in range(i):
+            slots.used(name, 0.0)
+        slots.claim(name, 16)
+        slots.loaded(name)
+    assert not slots._fits(1, 64, 4) and slots.has_room
+    slots.pin("b")
+    assert slots.claim("large", 48) == Claim("large", ("a", "c", "d"))
+    slots.failed("large")
+    assert slots.claim("too large", 56) is None, "b is in use"
+    assert slots.claim("small", 8) == Claim("small"), "what was not evicted for the other has not gone"
 
 
 def test_a_failed_load_gives_its_slot_back() -> None:
     slots = AdapterSlots(1)
-    assert slots.claim("a") == Claim("a", None) and slots.claim("b") is None
+    assert slots.claim("a") == Claim("a") and slots.claim("b") is None
     slots.failed("a")
-    assert slots.claim("b") == Claim("b", None) and slots.resident == ()
+    assert slots.claim("b") == Claim("b") and slots.resident == ()
     slots.loaded("b")
     assert slots.resident == ("b",)
 
@@ -69,8 +85,9 @@ class SlotsMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.slots = AdapterSlots(3, half_life_s=10.0)
+        self.slots = AdapterSlots(3, half_life_s=10.0, max_ranks=MAX_RANKS)
         self.loading: set[str] = set()
+        self.ranks: dict[str, int] = {}
         self.pins: dict[str, int] = {}
         self.now = 0.0
 
@@ -79,22 +96,29 @@ class SlotsMachine(RuleBasedStateMachine):
         self.now += later_s
         self.slots.used(name, self.now)
 
-    @rule(name=NAMES)
-    def claim(self, name: str) -> None:
+    def fits(self, rank: int, *gone: str) -> bool:
+        """Whether a rank would fit without `gone`."""
+        left = {n: r for n, r in self.ranks.items() if n not in gone}
+        return len(left) < 3 and sum(left.values()) + rank <= MAX_RANKS
+
+    @rule(name=NAMES, rank=st.sampled_from([4, 8, 32]))
+    def claim(self, name: str, rank: int) -> None:
         if name in self.loading or name in self.pins:
             return
-        before = dict(self.pins)
-        claim = self.slots.claim(name)
+        idle = [n for n, pins in self.pins.items() if not pins]
+        claim = self.slots.claim(name, rank)
         if claim is None:
-            assert len(before) + len(self.loading) == 3 and all(before.values())
+            assert not self.fits(rank, *idle)
             return
-        if claim.evicted is not None:
-            assert len(before) + len(self.loading) == 3, "evicted though a slot was free"
-            assert self.pins.pop(claim.evicted) == 0, "taken from who uses it"
-            idle = [n for n, pins in before.items() if not pins]
-            weights = self.slots._uses.weight
-            assert weights(claim.evicted) == min(map(weights, idle))
+        assert self.fits(rank, *claim.evicted)
+        assert not claim.evicted or not self.fits(rank, *claim.evicted[:-1]), "evicted though there was room"
+        weights = self.slots._uses.weight
+        assert sorted(map(weights, idle))[: len(claim.evicted)] == [weights(n) for n in claim.evicted]
+        for evicted in claim.evicted:
+            assert self.pins.pop(evicted) == 0, "taken from who uses it"
+            del self.ranks[evicted]
         self.loading.add(name)
+        self.ranks[name] = rank
 
     @precondition(lambda self: self.loading)
     @rule(data=st.data(), fails=st.booleans())
@@ -103,6 +127,7 @@ class SlotsMachine(RuleBasedStateMachine):
         self.loading.remove(name)
         if fails:
             self.slots.failed(name)
+            del self.ranks[name]
         else:
             self.slots.loaded(name)
             self.pins[name] = 0

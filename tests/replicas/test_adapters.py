@@ -52,6 +52,165 @@ async def test_loads_at_once_are_bounded_and_the_queue_tells_how_long() -> None:
     await kit.engine.close()
 
 
+async def test_a_pinned_adapter_keeps_its_slot_until_the_catalogue_lets_it_go() -> None:
+    kit = await AdapterKit(num_slots=2).start()
+    kit.shelf.specs["a@1"] = AdapterSpec(adapter_id="a@1", pinned=True)
+    kit.engine.prefetch("a@1")
+    await settle()
+    await kit.finish("a@1")
+    kit.clock.sleep(3600.0)
+    for name in "bcd":
+        kit.ask(name, f"{name}@1")
+        await settle()
+        await kit.finish(f"{name}@1")
+        await kit.end(name)
+        assert "a@1" in kit.inner.resident
+    kit.shelf.specs["e@1"] = AdapterSpec(adapter_id="e@1", pinned=True)
+    kit.ask("e", "e@1")
+    await settle()
+    await kit.finish("e@1")
+    await kit.end("e")
+    kit.ask("f", "f@1")
+    await settle()
+    assert "f@1" in kit.inner.loads and kit.inner.resident == ["a@1"], "the last slot is everybody's"
+    await kit.finish("f@1")
+    await kit.end("f")
+    kit.shelf.specs["a@1"] = AdapterSpec(adapter_id="a@1")
+    for name in "gh":
+        kit.ask(name, f"{name}@1")
+        await settle()
+        await kit.finish(f"{name}@1")
+        await kit.end(name)
+    assert "a@1" not in kit.inner.resident
+    await kit.engine.close()
+
+
+async def test_a_resident_adapter_that_becomes_pinned_takes_the_place_of_one_that_no_longer_is() -> None:
+    kit = await AdapterKit(num_slots=2).start()
+    kit.shelf.specs["x@1"] = AdapterSpec(adapter_id="x@1", pinned=True)
+    kit.shelf.specs["x@2"] = AdapterSpec(adapter_id="x@2")
+    for name in ("x@1", "x@2"):
+        kit.ask(name, name)
+        await settle()
+        await kit.finish(name)
+        await kit.end(name)
+    kit.shelf.specs["x@1"] = AdapterSpec(adapter_id="x@1")
+    kit.shelf.specs["x@2"] = AdapterSpec(adapter_id="x@2", pinned=True)
+    kit.ask("again", "x@2")
+    await settle()
+    await kit.end("again")
+    for name in "bc":
+        kit.ask(name, f"{name}@1")
+        await settle()
+        await kit.finish(f"{name}@1")
+        await kit.end(name)
+    assert kit.inner.resident == ["x@2", "c@1"]
+    await kit.engine.close()
+
+
+async def test_a_pinned_adapter_that_would_fill_the_memory_of_all_is_not_kept_and_that_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    kit = await AdapterKit(num_slots=8, num_ranks=100).start()
+    kit.shelf.specs["a@1"] = AdapterSpec(adapter_id="a@1", rank=64, pinned=True)
+    kit.engine.prefetch("a@1")
+    await settle()
+    assert not kit.inner.loads, "held, it would leave no room for an adapter of rank 64"
+    kit.ask("a", "a@1")
+    await settle()
+    await kit.finish("a@1")
+    await kit.end("a")
+    assert "adapter a@1 is pinned but not kept" in caplog.text
+    kit.shelf.specs["b@1"] = AdapterSpec(adapter_id="b@1", rank=64)
+    kit.ask("b", "b@1")
+    await settle()
+    await kit.finish("b@1")
+    assert kit.inner.resident == ["b@1"]
+    kit.shelf.specs["c@1"] = AdapterSpec(adapter_id="c@1", rank=30, pinned=True)
+    kit.engine.prefetch("c@1")
+    await settle()
+    await kit.finish("c@1")
+    kit.engine.prefetch("d@1")
+    await settle()
+    assert not kit.inner.loads, "30 and 8 are held, 64 would not fit"
+    await kit.engine.close()
+
+
+async def test_a_resident_adapter_whose_files_the_catalogue_no_longer_means_is_loaded_anew() -> None:
+    kit = await AdapterKit(num_slots=4).start()
+    for digest in ("old", "new"):
+        kit.shelf.specs["a@1"] = AdapterSpec(adapter_id="a@1", digest=digest)
+        kit.ask(digest, "a@1")
+        await settle()
+        await kit.finish("a@1")
+        assert digest in kit.inner.open
+        if digest == "old":
+            kit.shelf.specs["a@1"] = AdapterSpec(adapter_id="a@1", digest="new")
+            with pytest.raises(RefusedError, match="has other weights now") as refused:
+                kit.ask("early", "a@1")
+            assert (refused.value.fault.code, refused.value.fault.retryable) == ("adapter_not_found", True)
+        await kit.end(digest)
+    assert kit.inner.num_loads == 2 and kit.inner.resident == ["a@1"]
+    await kit.engine.close()
+
+
+async def test_an_idle_adapter_that_the_catalogue_has_no_more_gives_its_slot_up() -> None:
+    kit = await AdapterKit(num_slots=4).start()
+    for name in "abc":
+        kit.ask(name, f"{name}@1")
+        await settle()
+        await kit.finish(f"{name}@1")
+    await kit.end("a")
+    del kit.shelf.specs["a@1"], kit.shelf.specs["b@1"]
+    kit.ask("late", "b@1")
+    assert "late" in kit.inner.open, "who uses it still uses what everybody meant"
+    kit.ask("d", "d@1")
+    await settle()
+    assert kit.inner.resident == ["b@1", "c@1"] and kit.engine.stats().adapters == ("b@1", "c@1")
+    kit.ask("gone", "a@1")
+    await settle()
+    assert (fault := kit.fault("gone")) is not None and "is not in the catalogue" in fault.message
+    await kit.engine.close()
+
+
+async def test_a_load_that_evicts_nobody_waits_for_the_room_another_is_still_making() -> None:
+    kit = await AdapterKit(num_slots=4, num_ranks=64).start()
+    kit.shelf.specs["a@1"] = AdapterSpec(adapter_id="a@1", rank=64)
+    kit.ask("a", "a@1")
+    await settle()
+    await kit.finish("a@1")
+    await kit.end("a")
+    kit.inner.unload_gate.clear()
+    kit.ask("b", "b@1")
+    kit.ask("c", "c@1")
+    await settle()
+    assert kit.inner.resident == ["a@1"] and not kit.inner.loads, "neither counts on pages that are not free yet"
+    kit.inner.unload_gate.set()
+    await settle()
+    assert list(kit.inner.loads) == ["b@1", "c@1"]
+    for name in "bc":
+        await kit.finish(f"{name}@1")
+    assert set(kit.inner.open) == {"b", "c"}
+    await kit.engine.close()
+
+
+async def test_a_rank_that_never_fits_is_refused_at_once_and_holds_nobody_up() -> None:
+    kit = await AdapterKit(num_slots=1).start()
+    kit.shelf.specs["huge@1"] = AdapterSpec(adapter_id="huge@1", rank=65)
+    with pytest.raises(RefusedError, match="huge@1 has rank 65, the most is 64"):
+        kit.ask("r", "huge@1")
+    with pytest.raises(EngineError, match="the most is 64"):
+        await kit.engine.load_adapter(AdapterSpec(adapter_id="x@1", rank=100))
+    kit.engine.prefetch("huge@1")
+    kit.shelf.late["late@1"] = AdapterSpec(adapter_id="late@1", rank=65)
+    kit.ask("late", "late@1")
+    kit.ask("a", "a@1")
+    await settle()
+    assert (fault := kit.fault("late")) is not None and "rank 65" in fault.message
+    assert list(kit.inner.loads) == ["a@1"]
+    await kit.engine.close()
+
+
 async def test_learnt_load_seconds_are_for_rank_8() -> None:
     kit = await AdapterKit(num_slots=8).start()
     kit.shelf.specs["big@1"] = AdapterSpec(adapter_id="big@1", rank=32)
@@ -323,8 +482,8 @@ async def _random_walk(rng: random.Random, num_slots: int, max_loads: int) -> No
         elif all(map(kit.ended, accepted)):
             break
         else:
-            for adapter_id in list(kit.engine._held):
-                kit.engine._let_go(adapter_id)
+            for adapter_id in list(kit.engine._holds._timers):
+                kit.engine._holds.end(adapter_id)
     assert all(map(kit.ended, accepted)), "somebody was forgotten"
     assert kit.engine.stats().num_waiting == 0 and not kit.engine._uses
     await kit.engine.close()

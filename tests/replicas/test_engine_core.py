@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import msgspec
 import pytest
@@ -25,6 +26,8 @@ from replicas.engine.loop import BuiltEngine, ThreadedEngine
 from replicas.engine.rates import Rates
 from replicas.engine.sequence import Plan, PlanItem, StepResult
 from replicas.engine.sequence import Sequence as EngineSequence
+from replicas.engine.structured.grammar import Grammar
+from replicas.engine.thread import Abort, Constrained, EngineThread
 from replicas.local import LocalEngine
 from replicas.sim_engine import SimOptions, build_sim
 from replicas.sim_model import SimModel
@@ -238,6 +241,20 @@ async def test_a_load_counts_what_was_sent_since_the_last_step_began() -> None:
     load = engine.stats()
     assert (load.num_unseen, load.num_waiting, load.num_waiting_tokens) == (0, 0, 0)
     await engine.close()
+
+
+def test_a_load_counts_requests_that_were_sent_with_their_grammars() -> None:
+    def build() -> BuiltEngine:
+        raise AssertionError("it is not started")
+
+    thread = EngineThread(build, time.monotonic)
+    grammar = cast(Grammar, None)
+    thread.send(make_request("a", range(3)))
+    thread.send(Constrained(make_request("b", range(7)), grammar))
+    thread.send(Abort("a"))
+    load = thread.load([make_request("c", range(4))])
+    assert (load.num_waiting, load.num_unseen, load.num_waiting_tokens) == (3, 3, 3 + 7 + 4)
+    assert sum(num for num, _ in load.waiting_sizes) == 3
 
 
 async def test_closing_an_iterator_early_aborts_its_request() -> None:

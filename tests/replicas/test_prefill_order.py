@@ -142,7 +142,7 @@ class Clockwork:
 
     def execute(self, plan: Plan) -> StepResult:
         self._clock.sleep(plan.num_tokens / RATE)
-        return StepResult(tuple(Sampled(97) for item in plan.items if item.samples))
+        return StepResult(tuple((Sampled(97),) for item in plan.items if item.samples))
 
 
 @dataclass(frozen=True)

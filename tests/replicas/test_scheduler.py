@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from replicas.contract import GenerateRequest, RefusedError, pack_tokens
-from replicas.engine.order import MAX_HANDICAP_S, ORDERS, Pace, deadline, fcfs, order_key, priority
+from replicas.engine.order import FAIR_WINDOW_S, MAX_HANDICAP_S, ORDERS, Pace, deadline, fcfs, order_key, priority
+from replicas.engine.speculative.control import Fixed
+from replicas.engine.speculative.speculator import Speculator
 from replicas.engine.usage import KvUse, kv_use
 from tests.replicas.engine_kit import EOS, LETTERS, Kit, adapter, make_kit, make_request
+from tests.replicas.wild_drafter import WildDrafter
 
 
 def prompt(length: int, first: int = 0) -> list[int]:
@@ -386,15 +389,16 @@ def test_orders_are_arrival_plus_a_bounded_handicap() -> None:
 @pytest.mark.parametrize(
     ("order", "expected"),
     [("fcfs", ["plain", "low", "high", "soon"]), ("priority", ["high", "plain", "soon", "low"]),
-     ("deadline", ["soon", "plain", "low", "high"]), ("shortest", ["high", "plain", "soon", "low"])],
+     ("deadline", ["soon", "plain", "low", "high"]), ("shortest", ["high", "plain", "soon", "low"]),
+     ("fair", ["low", "soon", "plain", "high"])],
 )  # fmt: skip
 def test_waiting_requests_run_in_the_order_of_the_policy(order: str, expected: list[str]) -> None:
     kit = make_kit(max_num_seqs=1, order=order)
     arrivals = {
-        "plain": {"deadline_s": 300.0},
-        "low": {"priority": 3},
-        "high": {"priority": -3},
-        "soon": {"deadline_s": 9.0},
+        "plain": {"deadline_s": 300.0, "fair_tag": 8.0},
+        "low": {"priority": 3, "fair_tag": 2.0},
+        "high": {"priority": -3, "fair_tag": 9.0},
+        "soon": {"deadline_s": 9.0, "fair_tag": 5.0},
     }
     for name, changes in arrivals.items():
         kit.add(make_request(name, prompt(4), max_tokens=2, **changes))
@@ -413,6 +417,32 @@ def test_simultaneous_requests_run_by_fair_tag() -> None:
     while kit.core.has_work:
         ended += [delta.request_id for delta in kit.step() if delta.finish_reason]
     assert ended == ["a", "b", "c"]
+
+
+def test_by_fair_tag_a_tenant_that_floods_delays_itself_alone() -> None:
+    """Tags as the gateway's queue gives them: what a tenant was served before, over its weight."""
+    kit = make_kit(max_num_seqs=1, order="fair", max_waiting=64, step_base_s=0.01)
+    for i in range(30):
+        kit.add(make_request(f"flood{i}", prompt(8, i), tenant="f", fair_tag=8.0 * i, max_tokens=1))
+    order: list[str] = []
+    for i in range(5):
+        kit.add(make_request(f"other{i}", prompt(8, 40 + i), tenant="o", fair_tag=4.0 + 8.0 * i, max_tokens=1))
+    while kit.core.has_work:
+        order += [delta.request_id for delta in kit.step() if delta.finish_reason]
+    assert order[:10] == [f"{name}{i}" for i in range(5) for name in ("flood", "other")]
+
+
+def test_by_fair_tag_a_request_waits_for_none_of_a_later_window() -> None:
+    kit = make_kit(max_num_seqs=1, order="fair", step_base_s=0.01)
+    kit.add(make_request("busy", prompt(4), max_tokens=3))
+    kit.step()
+    kit.add(make_request("beyond reason", prompt(4, 9), fair_tag=1e12, max_tokens=1))
+    kit.clock.sleep(FAIR_WINDOW_S)
+    kit.add(make_request("later", prompt(4, 17), fair_tag=0.0, max_tokens=1))
+    order: list[str] = []
+    while kit.core.has_work:
+        order += [delta.request_id for delta in kit.step() if delta.finish_reason]
+    assert order == ["busy", "beyond reason", "later"]
 
 
 def test_a_low_priority_request_is_not_starved_by_endless_high_ones() -> None:
@@ -571,7 +601,25 @@ class FirstComeMachine(SchedulerMachine):
     order = "fcfs"
 
 
+class SpeculatingMachine(SchedulerMachine):
+    """The same answers with guesses of all kinds checked beside everything else."""
+
+    share_right = 0.7
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kit.core.speculator = Speculator(WildDrafter(self.kit.model, 3, self.share_right), Fixed(7))
+
+
+class WrongGuessesMachine(SpeculatingMachine):
+    share_right = 0.0
+
+
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=300, stateful_step_count=40, deadline=None, derandomize=True)
+TestSchedulerMachine.settings = settings(max_examples=200, stateful_step_count=40, deadline=None, derandomize=True)
 TestFirstComeMachine = FirstComeMachine.TestCase
-TestFirstComeMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None, derandomize=True)
+TestSpeculatingMachine = SpeculatingMachine.TestCase
+TestSpeculatingMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, derandomize=True)
+TestWrongGuessesMachine = WrongGuessesMachine.TestCase
+TestWrongGuessesMachine.settings = settings(max_examples=50, stateful_step_count=40, deadline=None, derandomize=True)
+TestFirstComeMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True)

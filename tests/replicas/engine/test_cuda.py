@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
+from replicas.engine import engine
+from replicas.engine.families import read_spec
+from replicas.engine.lora.layout import shapes_of
+from replicas.engine.lora.pool import page_bytes
 from tests.replicas.engine.conftest import TinyModels
 from tests.replicas.engine.driver import build, make_request, run
+from tests.replicas.engine.lora_kit import write_adapter
 from tests.replicas.engine.tiny import random_tokens
 
 pytestmark = [
@@ -49,3 +57,37 @@ def test_preempted_requests_on_cuda_resume_with_identical_tokens(tiny_model: Tin
 def test_an_engine_on_cuda_passes_its_self_check(dtype: str, tiny_model: TinyModels) -> None:
     facts = build(tiny_model("llama")[0], device="cuda", dtype=dtype, self_check=True).facts
     assert facts.device.startswith("cuda") and facts.self_check.startswith("passed")
+
+
+def test_adapters_on_cuda_say_what_they_say_on_the_cpu(tiny_model: TinyModels, tmp_path: Path) -> None:
+    """Ranks 4 to 128 in one batch, decoded and in chunks."""
+    folder, model = tiny_model("llama")
+    ranks = (4, 16, 48, 128)
+    written = {f"r{rank}": write_adapter(tmp_path / str(rank), model, rank=rank) for rank in ranks}
+    names = (None, *written)
+    requests = [
+        make_request(f"{name} {length}", random_tokens(length, seed=length), adapter=name)
+        for name in names
+        for length in (1, 17, 60)
+    ]
+
+    def said(device: str) -> dict[str, list[int]]:
+        limits: dict[str, Any] = {"max_adapters": 4, "max_lora_rank": 128, "max_num_batched_tokens": 48}
+        core = build(folder, device=device, dtype="float32", **limits).core
+        for name, adapter in written.items():
+            core.load_adapter(adapter.spec(name))
+        return {name: answer.tokens for name, answer in run(core, requests).items()}
+
+    assert said("cuda") == said("cpu")
+
+
+def test_an_adapter_pool_on_cuda_is_not_taken_from_free_memory_twice(
+    tiny_model: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its memory is already gone from what the device says is free."""
+    folder = tiny_model("llama")[0]
+    spec = read_spec(folder)
+    pool_bytes = page_bytes(shapes_of(spec), spec.num_layers, torch.float32) * (1 + 2 * 16)
+    monkeypatch.setattr(engine, "_free_bytes", lambda device: pool_bytes)
+    facts = build(folder, device="cuda", dtype="float32", max_adapters=2, max_lora_rank=16).facts
+    assert facts.num_blocks > 0

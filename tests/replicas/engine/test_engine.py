@@ -96,7 +96,7 @@ class WrongBeyond32:
         if item.num_tokens > 32:
             cache = self.inner._cache  # type: ignore[attr-defined]
             for layer in cache.layers:
-                layer.view(cache.num_blocks, -1)[item.seq.block_ids[0]] = 0.5
+                layer.values.view(cache.num_blocks, -1)[item.seq.block_ids[0]] = 0.5
         return result
 
 
@@ -107,6 +107,14 @@ def test_a_wrong_long_prefill_fails_the_self_check(tiny_model: TinyModels) -> No
         subject = CheckSubject(WrongBeyond32(folder), 64, 16, 256, dtype)
         with pytest.raises(EngineError, match="the self-check failed: in torch"):
             self_check(subject, reference, VOCAB)
+
+
+@pytest.mark.parametrize(("has_kernels", "words"), [(True, "engine.kernels: none, or another"), (False, "another")])
+def test_a_failed_self_check_names_what_may_help(has_kernels: bool, words: str, tiny_model: TinyModels) -> None:
+    folder, _ = tiny_model("llama")
+    subject = CheckSubject(build(folder).core.runner, 64, 16, 256, torch.float32, has_kernels=has_kernels)
+    with pytest.raises(EngineError, match=rf"\); {words} dtype,? may be right on this machine"):
+        self_check(subject, lambda tokens, num_last: torch.zeros(num_last, VOCAB), VOCAB)
 
 
 def test_an_engine_that_gives_nan_fails_the_self_check(tiny_model: TinyModels) -> None:

@@ -91,7 +91,6 @@ def test_qwen_differs_in_biases_and_norms() -> None:
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "unknown rope scaling 'longrope'"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differ by layer"),
         ({"partial_rotary_factor": 0.5}, "part of the head"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
     ],
 )
 def test_what_the_engine_does_not_have_is_said(changes: dict[str, Any], words: str) -> None:

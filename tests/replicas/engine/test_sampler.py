@@ -11,7 +11,7 @@ import torch
 
 from replicas.engine.noise import hash_tokens
 from replicas.engine.sampler import Sampler, prompt_logprobs
-from replicas.engine.sequence import Sequence
+from replicas.engine.sequence import SamplePoint, Sequence
 from tests.replicas.engine.tiny import make_sequence
 
 VOCAB = 40
@@ -29,7 +29,10 @@ def sequence(output: tuple[int, ...] = (), **sampling: Any) -> Sequence:
 
 
 def draw(logits: torch.Tensor, *seqs: Sequence) -> list[int]:
-    return [sampled.token_id for sampled in SAMPLER.sample(logits.expand(len(seqs), -1).clone(), seqs)]
+    return [
+        sampled.token_id
+        for sampled in SAMPLER.sample(logits.expand(len(seqs), -1).clone(), [SamplePoint(seq) for seq in seqs])
+    ]
 
 
 def obvious_distribution(output: tuple[int, ...], sampling: dict[str, Any]) -> np.ndarray:
@@ -155,7 +158,7 @@ def test_a_resumed_request_draws_what_it_would_have_drawn() -> None:
 def test_logprobs_are_those_of_the_raw_distribution_most_likely_first() -> None:
     seq = sequence(seed=3, temperature=0.7, logprobs=4, logit_bias={9: 100.0}, top_k=3)
     plain = sequence(seed=3)
-    (sampled, other) = SAMPLER.sample(LOGITS.expand(2, -1).clone(), [seq, plain])
+    (sampled, other) = SAMPLER.sample(LOGITS.expand(2, -1).clone(), [SamplePoint(seq), SamplePoint(plain)])
     raw = torch.log_softmax(LOGITS.double(), dim=0)
     assert sampled.logprob is not None and other.logprob is None
     assert sampled.token_id == sampled.logprob.token_id == 9
@@ -166,7 +169,7 @@ def test_logprobs_are_those_of_the_raw_distribution_most_likely_first() -> None:
 
 
 def test_logprobs_zero_gives_the_sampled_token_alone() -> None:
-    (sampled,) = SAMPLER.sample(LOGITS[None].clone(), [sequence(temperature=0.0, logprobs=0)])
+    (sampled,) = SAMPLER.sample(LOGITS[None].clone(), [SamplePoint(sequence(temperature=0.0, logprobs=0))])
     assert sampled.logprob is not None and sampled.logprob.top == ()
 
 
@@ -189,7 +192,7 @@ def test_top_p_over_a_large_vocabulary_keeps_the_smallest_set(top_p: float, scal
     allowed = set(ranked.indices[:size].tolist())
     drawn = set()
     for seed in range(300):
-        (sampled,) = sampler.sample(logits[None].clone(), [sequence(seed=seed, top_p=top_p)])
+        (sampled,) = sampler.sample(logits[None].clone(), [SamplePoint(sequence(seed=seed, top_p=top_p))])
         drawn.add(sampled.token_id)
     # One token at the border may fall either way by rounding.
     assert len(drawn - allowed) <= 1 and drawn - allowed <= set(ranked.indices[: size + 2].tolist())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -57,6 +58,21 @@ def test_a_bfloat16_checkpoint_is_widened_exactly(folder: Path) -> None:
     expected = logits(folder)
     rewrite(folder, rounded)
     assert torch.equal(logits(folder), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_weight_stays_in_its_file(dtype: torch.dtype, folder: Path) -> None:
+    """A file that is overwritten must not change a model that is loaded, nor one that is cut end the process."""
+    rewrite(folder, {name: tensor.to(dtype) for name, tensor in load_file(folder / "model.safetensors").items()})
+    weights = WeightLoader(Checkpoint(folder), read_spec(folder), torch.float32, torch.device("cpu")).load()
+    gc.collect()
+    if Path("/proc/self/maps").is_file():
+        assert str(folder) not in Path("/proc/self/maps").read_text()
+    tokens = torch.arange(weights.embedding.vocab_size)
+    before = weights.embedding(tokens)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.write(bytes((folder / "model.safetensors").stat().st_size))
+    assert torch.equal(weights.embedding(tokens), before)
 
 
 def test_a_missing_tensor_is_named(folder: Path) -> None:

@@ -1,0 +1,182 @@
+"""`warmgate quantize`: a model folder's weights in fewer bits, in the format that other engines read too."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ops.errors import OperationError
+
+if TYPE_CHECKING:
+    from replicas.engine.quantization.methods.recipes import Recipe
+
+GROUP_SIZES = (128, 64, 32)
+
+
+class QuantizeError(OperationError):
+    """The model could not be quantised. One line."""
+
+
+@click.command()
+@click.argument("model")
+@click.option("--method", type=click.Choice(["int8", "nf4", "gptq", "awq"]), required=True)
+@click.option("--out", type=click.Path(path_type=Path), help="New folder [default: beside the model, NAME-METHOD].")
+@click.option(
+    "--group-size",
+    type=click.Choice(["128", "64", "32", "-1"]),
+    help="Columns that share a scale (gptq, awq) [default: the largest that divides every matrix].",
+)
+@click.option("--act-order", is_flag=True, help="gptq: important columns first (desc_act).")
+@click.option("--double-quant", is_flag=True, help="nf4: scales in 8 bits too.")
+@click.option(
+    "--strength", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="int8: SmoothQuant's alpha."
+)
+@click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True, help="Calibration sequences.")
+@click.option("--sample-tokens", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in each.")
+@click.option(
+    "--text",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Calibration text [default: docstrings of Python's standard library].",
+)
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Torch threads.")
+def quantize(model: str, out: Path | None, **options: Any) -> None:
+    """Write MODEL (a catalogue name, hub id or folder) quantised into a new folder; head and embedding are kept.
+
+    \b
+    int8  SmoothQuant, then int8 weights and activations    compressed-tensors
+    nf4   rounding to 4-bit NormalFloat, blocks of 64        bitsandbytes
+    gptq  4 bits, errors made good by later columns         GPTQ
+    awq   4 bits, weights that matter most scaled up        AutoAWQ (GEMM)
+
+    \b
+    warmgate quantize smollm2-135m --method awq
+    warmgate quantize ./my-model --method gptq --group-size 64 --act-order --out ./my-model-gptq
+    """
+    from configs.runtime import home_dir
+    from configs.tokenizer import find_model
+
+    source = find_model(model, home_dir(os.environ))
+    target = (out or source.with_name(f"{source.name}-{options['method']}")).absolute()
+    if target.exists():
+        raise QuantizeError(f"{target} exists already: choose another with --out, or remove it")
+    began = time.monotonic()
+    make_checkpoint(source, target, Wanted(**options))
+    size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+    click.echo(f"{target}: {size / 1e6:,.0f} MB of weights, {time.monotonic() - began:.0f} s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """A method and its settings, as the command line has them."""
+
+    method: str
+    threads: int = 1
+    samples: int = 64
+    sample_tokens: int = 512
+    text: Path | None = None
+    group_size: str | None = None
+    act_order: bool = False
+    double_quant: bool = False
+    strength: float = 0.5
+
+
+def make_checkpoint(source: Path, target: Path, wanted: Wanted) -> None:
+    """Quantises a model folder into a new one. Raises QuantizeError."""
+    from replicas.contract import EngineError
+    from replicas.engine.quantization.methods.writing import quantise_model, use_threads
+
+    use_threads(wanted.threads)
+    try:
+        recipe = _recipe(source, wanted)
+        sequences = calibration_sequences(source, wanted) if recipe.is_calibrated else []
+        with _Progress(source.name) as report:
+            quantise_model(source, target, recipe, sequences, report)
+    except (EngineError, OSError, ArithmeticError) as error:
+        raise QuantizeError(str(error)) from error
+
+
+def _recipe(source: Path, wanted: Wanted) -> Recipe:
+    from replicas.engine.quantization.methods import recipes
+    from replicas.engine.quantization.methods.gptq import GptqSettings
+
+    if wanted.method == "int8":
+        return recipes.Int8(wanted.strength)
+    if wanted.method == "nf4":
+        return recipes.Nf4(wanted.double_quant)
+    group = int(wanted.group_size) if wanted.group_size else _fitting_group(source)
+    if wanted.method == "awq":
+        return recipes.Awq(group)
+    return recipes.Gptq(GptqSettings(group, wanted.act_order))
+
+
+def _fitting_group(source: Path) -> int:
+    from replicas.engine.families import read_spec
+
+    spec = read_spec(source)
+    widths = (spec.hidden_size, spec.num_heads * spec.head_dim, spec.intermediate_size)
+    for size in GROUP_SIZES:
+        if all(width % size == 0 for width in widths):
+            return size
+    raise QuantizeError(f"no group size of {GROUP_SIZES} divides matrices of {widths} columns")
+
+
+def calibration_sequences(source: Path, wanted: Wanted) -> list[list[int]]:
+    """Token ids of the text, cut into sequences: evenly spread over it when there are more than wanted."""
+    from configs.tokenizer import load_model_files
+    from ops.texts import calibration_text
+
+    text = wanted.text.read_text(encoding="utf-8") if wanted.text else calibration_text()
+    tokenizer = load_model_files(str(source.absolute()), source).tokenizer
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    length = wanted.sample_tokens
+    pieces = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+    if not pieces:
+        raise QuantizeError(f"the calibration text has {len(ids)} tokens, fewer than one sequence of {length}")
+    return spread(pieces, wanted.samples)
+
+
+def spread(pieces: Sequence[list[int]], count: int) -> list[list[int]]:
+    """`count` of the pieces at equal distances, all of them when there are fewer."""
+    if count >= len(pieces):
+        return list(pieces)
+    return [pieces[i * len(pieces) // count] for i in range(count)]
+
+
+class _Progress:
+    """A bar of layers on a terminal, a line for every tenth elsewhere."""
+
+    def __init__(self, name: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._console = Console(stderr=True, highlight=False)
+        self._lively = self._console.is_terminal and not self._console.no_color
+        self._name = name
+        self._bar = Progress(
+            TextColumn(f"{name}: layers"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._lively,
+        )
+        self._task = self._bar.add_task(name, total=None)
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        self._bar.start()
+        return self._report
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def _report(self, done: int, total: int) -> None:
+        self._bar.update(self._task, completed=done, total=total)
+        if not self._lively and (done == total or done % max(1, total // 10) == 0):
+            self._console.print(f"{self._name}: {done} of {total} layers", markup=False)

@@ -1,0 +1,178 @@
+"""What `warmgate quantize` does to a layer: equal as floats, and nearer to them than rounding alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from replicas.contract import EngineError
+from replicas.engine.families import read_spec
+from replicas.engine.quantization import rounding
+from replicas.engine.quantization.methods import awq, gptq, recipes, smooth, writing
+from replicas.engine.quantization.methods.gptq import GptqSettings
+from replicas.engine.quantization.methods.statistics import Statistics
+from replicas.engine.quantization.methods.textbook import DOWN, MODULES, QKV, Layer, Samples
+from replicas.engine.quantization.methods.writing import quantise_model
+from replicas.engine.quantization.source import SafetensorsSource
+from replicas.engine.tensors import Checkpoint
+from tests.replicas.engine.driver import build
+from tests.replicas.engine.quantization.quantised_kit import SEQUENCES, make_plain
+from tests.replicas.engine.tiny import random_tokens
+
+GROUP = 32
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_plain("qwen3", tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture
+def layer(folder: Path) -> Layer:
+    return Layer.read(SafetensorsSource(Checkpoint(folder), None), read_spec(folder), 0)
+
+
+@pytest.fixture
+def samples(folder: Path) -> Samples:
+    return Samples.embedded(SafetensorsSource(Checkpoint(folder), None), SEQUENCES)
+
+
+def loss(weight: Tensor, rounded: Tensor, products: Tensor) -> float:
+    """|W X - Q X|² from Σ x xᵀ."""
+    error = (rounded - weight).double()
+    return float(((error @ products.double()) * error).sum())
+
+
+@pytest.mark.parametrize("family", ["llama with biases", "qwen3", "mistral with window"])
+@torch.no_grad()
+def test_the_layers_that_calibration_sees_are_those_of_transformers(family: str, tmp_path: Path) -> None:
+    make_plain(family, tmp_path)
+    source, spec, tokens = SafetensorsSource(Checkpoint(tmp_path), None), read_spec(tmp_path), random_tokens(40, 2)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    states = model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
+    seen = Samples.embedded(source, [tokens])
+    for i in range(spec.num_layers - 1):  # the last one's is given after the last norm
+        torch.testing.assert_close(seen.hidden[0], states[i][0], atol=1e-4, rtol=1e-4)
+        seen.advance(Layer.read(source, spec, i))
+
+
+def test_statistics_are_sums_over_all_tokens(layer: Layer, samples: Samples) -> None:
+    inputs: dict[str, list[Tensor]] = {}
+    samples.run(layer, lambda module, x: inputs.setdefault(module, []).append(x))
+    seen = Statistics(*MODULES)
+    samples.run(layer, seen)
+    for module in (QKV[2], DOWN):
+        x = torch.cat(inputs[module])
+        found = seen.of(module)
+        torch.testing.assert_close(found.products, x.T @ x, atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(found.mean_magnitude, x.abs().mean(0))
+        assert torch.equal(found.largest, x.abs().amax(0))
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        lambda layer, seen: smooth.smooth(layer, seen, 0.5),
+        lambda layer, seen: smooth.smooth(layer, seen, 0.9),
+        lambda layer, seen: awq.scale_layer(layer, seen, GROUP),
+    ],
+    ids=["smooth", "smooth hard", "awq"],
+)
+def test_scaling_changes_weights_and_not_what_a_layer_says(
+    scale: Callable[[Layer, Statistics], None], layer: Layer, samples: Samples
+) -> None:
+    before, old = [layer.forward(x, lambda *_: None) for x in samples.hidden], dict(layer.tensors)
+    seen = Statistics(*MODULES)
+    samples.run(layer, seen)
+    scale(layer, seen)
+    assert any(not torch.equal(layer.weight(module), old[f"{module}.weight"]) for module in MODULES)
+    for x, y in zip(samples.hidden, before, strict=True):
+        torch.testing.assert_close(layer.forward(x, lambda *_: None), y, atol=1e-4, rtol=1e-4)
+
+
+def test_smoothing_makes_outliers_of_activations_smaller(layer: Layer, samples: Samples) -> None:
+    layer.tensors["input_layernorm.weight"][5] *= 60  # one input column far beyond the others
+    before, after = Statistics(*MODULES), Statistics(*MODULES)
+    samples.run(layer, before)
+    smooth.smooth(layer, before, 0.5)
+    samples.run(layer, after)
+    spread = [float(s.of(QKV[0]).largest.max() / s.of(QKV[0]).largest.median()) for s in (before, after)]
+    assert spread[1] < spread[0] / 3
+
+
+@pytest.mark.parametrize("by_importance", [False, True])
+@pytest.mark.parametrize("group", [GROUP, 128, -1])
+def test_gptq_loses_less_than_rounding(by_importance: bool, group: int, layer: Layer, samples: Samples) -> None:
+    seen = Statistics(*MODULES)
+    samples.run(layer, seen)
+    for module in MODULES:
+        weight, products = layer.weight(module), seen.of(module).products
+        found = gptq.quantise(weight, products, GptqSettings(group, by_importance))
+        assert found.offset is not None
+        assert found.offset.min() >= 1 and found.offset.max() <= 15
+        plain = rounding.to_int4(weight, group).dequantised()
+        assert loss(weight, found.dequantised(), products) < 0.8 * loss(weight, plain, products), module
+
+
+def test_gptq_with_inputs_that_know_nothing_of_each_other_is_rounding_to_its_grid() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(20, 64)
+    found = gptq.quantise(weight, torch.eye(64) * 100, GptqSettings(GROUP, damping=0.0))
+    for start in (0, 32):
+        part = weight[:, start : start + 32]
+        scale, zero = gptq.fitted_grid(part)
+        grid = ((part / scale[:, None] + zero[:, None]).round().clamp(0, 15) - zero[:, None]) * scale[:, None]
+        assert torch.allclose(found.dequantised()[:, start : start + 32], grid, atol=1e-6)
+
+
+def test_gptq_gives_columns_that_no_input_has_nothing(layer: Layer) -> None:
+    products = torch.randn(64, 200)
+    products[7] = 0
+    found = gptq.quantise(layer.weight(QKV[0]), products @ products.T, GptqSettings(GROUP))
+    assert torch.isfinite(found.dequantised()).all()
+    assert not found.dequantised()[:, 7].any()
+
+
+def test_awq_loses_less_than_rounding(layer: Layer, samples: Samples) -> None:
+    layer.tensors["input_layernorm.weight"][5] *= 30
+    layer.tensors["post_attention_layernorm.weight"][9] *= 30
+    plain, before, after = dict(layer.tensors), Statistics(*MODULES), Statistics(*MODULES)
+    samples.run(layer, before)
+    awq.scale_layer(layer, before, GROUP)
+    samples.run(layer, after)
+    for module in MODULES:
+        rounded = rounding.to_int4(plain[f"{module}.weight"], GROUP).dequantised()
+        alone = loss(plain[f"{module}.weight"], rounded, before.of(module).products)
+        scaled = layer.weight(module)
+        found = awq.quantise(awq.clipped(layer, module, after.of(module).products, GROUP), GROUP)
+        assert loss(scaled, found.dequantised(), after.of(module).products) < alone, module
+
+
+def test_a_checkpoint_of_several_files_is_served(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "_SHARD_BYTES", 20_000)
+    quantise_model(folder, tmp_path / "out", recipes.Awq(GROUP), SEQUENCES, lambda done, total: None)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = set(index["weight_map"].values())
+    assert len(files) > 1 and all((tmp_path / "out" / name).is_file() for name in files)
+    assert build(tmp_path / "out", self_check=True).facts.quantization == "awq"
+
+
+def test_a_failure_leaves_no_folder(folder: Path, tmp_path: Path) -> None:
+    def broken(done: int, total: int) -> None:
+        if done == 1:
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        quantise_model(folder, tmp_path / "out", recipes.Nf4(), [], broken)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_group_that_divides_no_matrix_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="64 columns, which are no whole groups of 48"):
+        quantise_model(folder, tmp_path / "out", recipes.Awq(48), SEQUENCES, lambda done, total: None)
