@@ -55,19 +55,25 @@ Homes: TypeAlias = Mapping[str, tuple[str, ...]]
 def wait_and_stray_s(request: RouteRequest, replica: ReplicaState, homes: Collection[str]) -> tuple[float, float]:
     """`adapter_wait_s` and `stray_s` in one look, for a request with an adapter."""
     adapter = request.adapter
-    resident = adapter in replica.adapters
     away = homes and replica.replica_id not in homes
-    if resident and not away:
-        return 0.0, 0.0
+    if adapter in replica.adapters:
+        if not away:
+            return 0.0, 0.0
+        return 0.0, STRAY_USES * (replica.adapter_load_s or PRIOR_LOAD_S) * request.adapter_rank / REFERENCE_RANK
     load_s = (replica.adapter_load_s or PRIOR_LOAD_S) * request.adapter_rank / REFERENCE_RANK
-    if resident:
-        return 0.0, STRAY_USES * load_s
     wait_s = replica.adapter_queue_s + load_s
-    for loading, left_s in replica.loading:
-        if loading == adapter:
-            wait_s = left_s
-            break
-    return wait_s, max(load_s, min(STRAY_LOADS * load_s, MAX_STRAY_S)) if away else 0.0
+    if replica.loading:
+        for loading, left_s in replica.loading:
+            if loading == adapter:
+                wait_s = left_s
+                break
+    if not away:
+        return wait_s, 0.0
+    # Bounds without min() and max(): two calls for each replica of a large fleet would be a tenth of a decision.
+    stray = STRAY_LOADS * load_s
+    if stray > MAX_STRAY_S:
+        stray = load_s if load_s > MAX_STRAY_S else MAX_STRAY_S
+    return wait_s, stray
 
 
 def adapter_wait_s(request: RouteRequest, replica: ReplicaState) -> float:
