@@ -127,6 +127,23 @@ def lora(model: str, repeats: int, quick: bool, recorded: bool, **set_to: Any) -
 @_repeats
 @_quick
 @_record
+@click.option("--limit-ms", default=30.0, show_default=True, type=click.FloatRange(1.0), help="What a step may stall.")
+def stall(model: str, repeats: int, quick: bool, recorded: bool, limit_ms: float) -> None:
+    """How long running answers wait beside a prompt of 8,000 tokens, with max_prefill_stall_s and without."""
+    from ops.bench import stall as module
+
+    size = module.Size(limit_s=limit_ms / 1000)
+    if quick:
+        size = module.Size(num_talkers=2, answer_tokens=8, num_alone=4, prompt_tokens=200, limit_s=limit_ms / 1000)
+    folder = _model_dir(model)
+    _finish(_measure(lambda notice: module.run(folder, size, _plan(repeats, quick), notice)), recorded)
+
+
+@bench.command()
+@_model
+@_repeats
+@_quick
+@_record
 def structured(model: str, repeats: int, quick: bool, recorded: bool) -> None:
     """What grammars cost: the sampler's time a token with and without, compiling, and the guard before it."""
     from ops.bench import structured as module

@@ -23,7 +23,7 @@ from replicas.engine.lora.store import LoraStore
 from replicas.engine.prefill import Chunk, ChunkAttention, ChunkKernel, visibility_bias
 from replicas.engine.sequence import Plan, PlanItem
 from replicas.engine.sequence import Sequence as Request
-from replicas.engine.verify import Queries, VerifyAttention, visible_keys
+from replicas.engine.verify import GatherVerify, Queries, VerifyAttention, VerifyKernel, visible_keys
 
 Ints = npt.NDArray[np.int64]
 
@@ -80,6 +80,7 @@ class Batcher:
     chunk: ChunkKernel
     windows: frozenset[int | None]
     adapters: LoraStore | None = None
+    verify: VerifyKernel = GatherVerify
 
     def build(self, plan: Plan) -> StepBatch:
         """The tensors of a plan that has items."""
@@ -182,7 +183,7 @@ class Batcher:
                     visible_keys(item.start, item.drafts, range(span.start * size, span.stop * size), window)
                 )
             queries = Queries(rows, self._put(tables), visible)
-            yield slice(rows[0].start, row), VerifyAttention(self.geometry, queries)
+            yield slice(rows[0].start, row), self.verify(self.geometry, queries)
             first = end
 
     def _chunks(

@@ -123,12 +123,12 @@ def build_engine(model_dir: Path, config: EngineConfig, model_name: str, clock: 
 
 
 def _kernels(model_dir: Path, config: EngineConfig, place: _Place) -> Kernels | None:
-    """The compiled kernels, where something here would use them."""
-    wanted = is_quantised(model_dir, config) or config.kv_cache_dtype != "auto" or config.max_adapters > 0
-    if not wanted or place.device.type != "cpu":
+    """The compiled kernels, where something here would use them: in bfloat16 only what is rounded and adapters do."""
+    wanted = place.dtype == torch.float32 or is_quantised(model_dir, config) or config.kv_cache_dtype != "auto"
+    if not (wanted or config.max_adapters > 0) or place.device.type != "cpu":
         return None
     if config.kernels == "none":
-        logger.info("engine.kernels: none: quantised products, 8-bit caches and adapters run on torch's own operators")
+        logger.info("engine.kernels: none: everything runs on torch's own operators")
         return None
     return load_kernels(home_dir(os.environ) / "kernels", os.environ)
 

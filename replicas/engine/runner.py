@@ -22,6 +22,7 @@ from replicas.engine.prefill import pick_chunk
 from replicas.engine.sampler import Sampler, prompt_logprobs
 from replicas.engine.sequence import Plan, PlanItem, Sampled, StepResult
 from replicas.engine.speculative.features import FeatureTap
+from replicas.engine.verify import pick_verify
 
 # Rows of logits held at once when a prompt is scored: 64 * 49,152 floats are 12 MiB.
 _LOGIT_ROWS = 64
@@ -53,8 +54,15 @@ class TorchRunner:
         self.decoder = decoder
         self._cache = cache
         self._device = geometry.device
-        kernels = _decode(geometry, cache), pick_chunk(geometry)
-        self._batcher = Batcher(geometry, *kernels, frozenset(spec.windows), adapters)
+        compiled = _compiled(geometry, cache)
+        self._batcher = Batcher(
+            geometry,
+            compiled or pick_decode(geometry, cache.num_blocks),
+            pick_chunk(geometry, compiled),
+            frozenset(spec.windows),
+            adapters,
+            pick_verify(compiled),
+        )
         self._sampler = Sampler(hash_tokens(spec.vocab_size, geometry.device), spec.eos_token_ids)
 
     @torch.inference_mode()
@@ -120,10 +128,11 @@ class TorchRunner:
         return tuple(chain.from_iterable(parts))
 
 
-def _decode(geometry: KvGeometry, cache: KvCache) -> DecodeKernel:
-    if cache.kernels is not None and has_decode(geometry):
-        return partial(KernelDecode, cache.kernels)
-    return pick_decode(geometry, cache.num_blocks)
+def _compiled(geometry: KvGeometry, cache: KvCache) -> DecodeKernel | None:
+    """The compiled kernel for single tokens, where there is one for this decoder."""
+    if cache.kernels is None or not has_decode(geometry):
+        return None
+    return partial(KernelDecode, cache.kernels)
 
 
 def _scored_items(plan: Plan, batch: StepBatch) -> Iterator[_Scored]:

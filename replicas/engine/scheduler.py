@@ -38,7 +38,7 @@ __all__ = ["Scheduler", "SchedulerConfig"]
 
 NO_GUESSES: Mapping[str, Drafts] = MappingProxyType({})
 
-MIN_PREFILL_TOKENS = 8
+MIN_PREFILL_TOKENS = 4
 """Prompts get so many tokens a step however short the stall allowed: where a chunk takes that long by itself, one token
 would stall answers hardly less, and for many times as long."""
 

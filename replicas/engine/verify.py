@@ -6,15 +6,17 @@ row 2 sees  all of them           yes     if ancestor  yes            known toke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from replicas.engine.attention import KvGeometry
+from replicas.engine.attention import Context, DecodeKernel, KvGeometry
 from replicas.engine.drafts import Drafts
 from replicas.engine.kv_rows import KvRows
 
@@ -31,11 +33,16 @@ class Queries:
     visible: Sequence[Bools]
 
 
-class VerifyAttention:
-    """Keys and values gathered once per sequence, then plain products for all of its rows. Any device, any dtype.
+class VerifyAttention(Protocol):
+    """Prepared once per step, called once per layer. The rows of all sequences lie behind one another."""
 
-    Prepared once per step, called once per layer. The rows of all sequences must lie behind one another.
-    """
+    def __call__(self, q: Tensor, cache: KvRows) -> Tensor:
+        """q: [num_rows of all, num_heads, head_dim], cache: a layer that holds their keys already → like q."""
+        ...
+
+
+class GatherVerify:
+    """Keys and values gathered once per sequence, then plain products for all of its rows. Any device, any dtype."""
 
     def __init__(self, geometry: KvGeometry, queries: Queries) -> None:
         heads = torch.arange(geometry.num_kv_heads, device=geometry.device)
@@ -63,7 +70,6 @@ class VerifyAttention:
         self._shape = (num_seqs, num_rows, geometry.num_kv_heads, geometry.group, geometry.head_dim)
 
     def __call__(self, q: Tensor, cache: KvRows) -> Tensor:
-        """q: [num_rows of all, num_heads, head_dim], cache: a layer that holds their keys already → like q."""
         k = cache.read(self._keys).view(self._keys_shape)
         v = cache.read(self._keys + self._geometry.value_offset).view(self._keys_shape)
         if self._is_padded:
@@ -74,6 +80,31 @@ class VerifyAttention:
         out = torch.matmul(weights.flatten(2, 3), v).view(grouped.shape).transpose(1, 2)
         out = out.reshape(-1, self._geometry.num_heads, self._geometry.head_dim)
         return out.index_select(0, self._valid) if self._is_padded else out
+
+
+class SingleVerify:
+    """Each row as if it were a sequence of its own, by a kernel for single tokens, which reads keys where they lie."""
+
+    def __init__(self, decode: DecodeKernel, geometry: KvGeometry, queries: Queries) -> None:
+        num_rows = [len(rows) for rows in queries.rows]
+        tables = queries.blocks.repeat_interleave(torch.tensor(num_rows), dim=0)
+        bias = torch.full((sum(num_rows), queries.blocks.shape[1] * geometry.block_size), float("-inf"))
+        first = 0
+        for count, seen in zip(num_rows, queries.visible, strict=True):
+            bias[first : first + count, : seen.shape[1]].masked_fill_(torch.from_numpy(seen), 0.0)
+            first += count
+        self._decode = decode(geometry, Context(tables, bias))
+
+    def __call__(self, q: Tensor, cache: KvRows) -> Tensor:
+        return self._decode(q, cache)
+
+
+VerifyKernel: TypeAlias = Callable[[KvGeometry, Queries], VerifyAttention]
+
+
+def pick_verify(compiled: DecodeKernel | None) -> VerifyKernel:
+    """The faster way. `compiled`: the kernel for single tokens, where there is one."""
+    return GatherVerify if compiled is None else partial(SingleVerify, compiled)
 
 
 def visible_keys(start: int, drafts: Drafts, keys: range, window: int | None) -> Bools:

@@ -69,6 +69,7 @@ def build(cache: Path, env: Mapping[str, str]) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with _alone(cache):
             if not target.is_file():  # another process may have been first
+                logger.info("compiling kernels for this processor, once: some 15 seconds")
                 _make(compiler, target)
     return target
 

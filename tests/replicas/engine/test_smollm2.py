@@ -120,10 +120,11 @@ def test_greedy_tokens_of_prompts_alone_equal_transformers(
         check(run(core, [request]), oracle)
 
 
+@pytest.mark.parametrize("kernels", ["auto", "none"])
 def test_greedy_tokens_of_mixed_batches_in_chunks_and_from_the_cache_equal_transformers(
-    model_dir: Path, prompts: list[list[int]], oracle: list[Expected]
+    kernels: str, model_dir: Path, prompts: list[list[int]], oracle: list[Expected]
 ) -> None:
-    core = build(model_dir, max_num_seqs=16, max_num_batched_tokens=192).core
+    core = build(model_dir, max_num_seqs=16, max_num_batched_tokens=192, kernels=kernels).core
     check(run(core, requests(prompts)), oracle)
     warm = run(core, requests(prompts)[::-1])
     check(warm, oracle)

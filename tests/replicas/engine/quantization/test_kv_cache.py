@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ import torch
 from torch import Tensor
 
 from replicas.engine.attention import Context, GatherDecode, KvCache, KvGeometry, block_bytes
+from replicas.engine.drafts import Drafts
 from replicas.engine.families import read_spec
 from replicas.engine.kernels.attention import KernelDecode, has_decode
 from replicas.engine.kernels.library import HEAD_DIMS, Kernels
 from replicas.engine.kernels.pointwise import KernelPointwise
 from replicas.engine.kv_rows import KvDtype, KvRows, RowKind, make_rows, row_bytes
 from replicas.engine.pointwise import TorchPointwise
+from replicas.engine.prefill import Chunk, SingleQueries, TiledChunk, pick_chunk
+from replicas.engine.verify import GatherVerify, Queries, pick_verify, visible_keys
 from tests.replicas.engine.driver import Answer, build, make_request, run
 from tests.replicas.engine.quantization.quantised_kit import make_plain
 from tests.replicas.engine.tiny import random_tokens
@@ -168,3 +172,48 @@ def test_an_8_bit_cache_holds_more_tokens_in_the_same_memory(folder: Path) -> No
     plain, small = (build(folder, **{**SMALL, **settings, "kv_cache_dtype": d}).facts for d in ("auto", "int8"))
     assert small.num_blocks / plain.num_blocks == pytest.approx(64 / 18, rel=0.05)  # 16 floats; 16 codes and a half
     assert small.kv_cache_dtype == "int8"
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("stored", ["auto", *STORED])
+def test_a_small_chunk_that_gathers_nothing_equals_tiles(stored: KvDtype, window: int | None, kernels: Kernels) -> None:
+    torch.manual_seed(0)
+    geometry, cache = filled(stored, kernels)
+    compiled = partial(KernelDecode, kernels)
+    pick, qkv = pick_chunk(geometry, compiled), torch.randn(7, 10, 16)
+    small = Chunk(
+        range(13, 20), range(8 if window else 0, 20), window, torch.tensor([7, 3, 11, 2, 19])[-3 if window else -5 :]
+    )
+    found = pick(geometry, small)
+    assert isinstance(found, SingleQueries)
+    torch.testing.assert_close(found(qkv, cache), TiledChunk(geometry, small)(qkv, cache), atol=1e-5, rtol=1e-4)
+    many = Chunk(range(7, 47), range(48), None, torch.arange(12))
+    first = Chunk(range(7), range(7), None, None)
+    assert all(isinstance(pick(geometry, other), TiledChunk) for other in (many, first))
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("stored", ["auto", *STORED])
+def test_guesses_checked_without_gathering_are_checked_alike(
+    stored: KvDtype, window: int | None, kernels: Kernels
+) -> None:
+    torch.manual_seed(0)
+    geometry, cache = filled(stored, kernels)
+    verify = pick_verify(partial(KernelDecode, kernels))
+    chain, tree = Drafts((1, 2, 3), (0, 1, 2)), Drafts((1, 2, 3, 4), (0, 0, 1, 1))
+    queries = Queries(
+        [range(5, 9), range(9, 14)],
+        torch.tensor([[7, 3, 11, 2], [5, 6, 0, 0]]),
+        [visible_keys(10, chain, range(16), window), visible_keys(3, tree, range(8), window)],
+    )
+    q = torch.randn(9, 6, 16)
+    expected = GatherVerify(geometry, queries)(q, cache)
+    torch.testing.assert_close(verify(geometry, queries)(q, cache), expected, atol=1e-5, rtol=1e-4)
+
+
+def filled(stored: KvDtype, kernels: Kernels) -> tuple[KvGeometry, KvRows]:
+    """A layer of 20 blocks of 4 tokens, full of noise."""
+    geometry = KvGeometry(6, 2, 16, 4, torch.float32, CPU).storing(stored)
+    cache = KvCache(geometry, 1, 20, kernels).layers[0]
+    cache.write(torch.arange(20 * geometry.rows_per_block), torch.randn(20 * geometry.rows_per_block, 16))
+    return geometry, cache

@@ -174,9 +174,12 @@ def test_without_a_compiler_a_quantised_model_is_served_and_the_log_says_how(
     }
 
 
-def test_a_plain_model_compiles_nothing(plain: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{"kernels": "none"}, {"dtype": "bfloat16"}])
+def test_what_would_not_use_kernels_compiles_none(
+    changes: dict[str, str], plain: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("WARMGATE_HOME", str(tmp_path))
-    build(plain, **SMALL)
+    build(plain, **{**SMALL, **changes})
     assert not (tmp_path / "kernels").exists()
 
 
