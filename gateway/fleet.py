@@ -16,6 +16,7 @@ from configs.schema import Config
 from gateway.able import least_able
 from gateway.listeners import Listeners
 from gateway.placement import Placement, Reserved
+from gateway.rates import Relaxation
 from gateway.slot import Connect, Link, LinkEvents, Slot, Surroundings
 from replicas.channel import ChannelError
 from replicas.contract import EngineFacts, GenerateRequest
@@ -51,6 +52,7 @@ class Fleet:
         self._free: dict[str, int] = {}
         self._counted: dict[Slot, tuple[int, bool]] = {}
         self._listeners = Listeners()
+        self._relaxation = Relaxation(self._grouped)
 
     # What others ask.
 
@@ -141,6 +143,7 @@ class Fleet:
     async def close(self) -> None:
         """Closes every link and forgets every replica; open attempts end with LinkLostError. Idempotent."""
         self.closed = True
+        self._relaxation.stop()
         for replica_id in list(self._members):
             self._leave(replica_id)
         for replica_id in list(self._slots):
@@ -185,8 +188,13 @@ class Fleet:
     def _of(self, model_id: str) -> Iterable[Slot]:
         return self._by_model.get(model_id, {}).values()
 
+    def _grouped(self) -> list[tuple[str, Slot]]:
+        """Every member's slot, with the name of its group."""
+        return [(member.group, self._slots[replica_id]) for replica_id, member in self._members.items()]
+
     def _join(self, member: Member) -> None:
         replica_id = member.replica_id
+        self._relaxation.start()
         self._members[replica_id] = member
         slot = self._slots.get(replica_id)
         if slot is not None:  # it had left, but its last requests are still running there

@@ -160,7 +160,20 @@ class Slot:
         self._num_sent = 0
         self._num_sent_tokens = 0
         self._asked = AskedAdapters(clock)
+        self._rates: tuple[float, float] | None = None
+        self._num_prompt_tokens = -1
+        self._worked_at = clock()
         self._state: ReplicaState | None = None
+
+    @property
+    def idle_s(self) -> float:
+        """Since it last told of prompt tokens computed."""
+        return self._clock() - self._worked_at
+
+    def believe(self, prefill_tokens_per_s: float, step_time_s: float) -> None:
+        """Routing is to go by these rates until the replica computes a prompt again."""
+        self._rates = (prefill_tokens_per_s, step_time_s)
+        self.changed()
 
     @property
     def ready(self) -> bool:
@@ -205,6 +218,9 @@ class Slot:
             self.arrived(self._sent.popleft())
         if self.link is not None:
             self._asked.heard(self.link.stats, self._num_pushes)
+            if self.link.stats.num_prompt_tokens != self._num_prompt_tokens:
+                self._num_prompt_tokens = self.link.stats.num_prompt_tokens
+                self._worked_at, self._rates = self._clock(), None
         self.changed()
 
     def prefetch(self, adapter_id: str) -> None:
@@ -262,6 +278,7 @@ class Slot:
         return pending_of(merged(stats.waiting_sizes, sent))
 
     def _make_state(self, facts: EngineFacts, stats: EngineStats) -> ReplicaState:
+        prefill_tokens_per_s, step_time_s = self._rates or (stats.prefill_tokens_per_s, stats.step_time_s)
         return ReplicaState(
             replica_id=self.replica_id,
             model=self.model_id,
@@ -273,8 +290,8 @@ class Slot:
             num_free_blocks=stats.num_free_blocks,
             num_blocks=stats.num_blocks,
             block_size=facts.block_size,
-            prefill_tokens_per_s=stats.prefill_tokens_per_s,
-            step_time_s=stats.step_time_s,
+            prefill_tokens_per_s=prefill_tokens_per_s,
+            step_time_s=step_time_s,
             adapters=self._asked.resident(stats),
             max_adapters=facts.max_adapters,
             loading=self._asked.loading(stats),
