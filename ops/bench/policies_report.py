@@ -17,6 +17,7 @@ from rich.console import Console
 from ops.bench.harness import Goal
 from ops.bench.policies import BLIND, FRESH, MANY, OUR_ORDER, OURS, STALE, Row, Situation
 from ops.bench.report import describe_machine, markdown_table, rich_table
+from ops.simulate.capacity import MAX_LOAD
 from replicas.engine.order import OrderName
 
 Column = tuple[int, int]
@@ -30,11 +31,15 @@ AMPLE_TOKENS = 4_000_000
 HITS_AMPLE, HITS_SCARCE = 0.97, 0.92
 FRESH_ENOUGH = 0.95
 
+UNBOUNDED = 0.97 * MAX_LOAD
+"""Capacities from here on are where the search ends: the trace is too short to fill such a fleet."""
+
 TABLE_NOTES = (
     "Capacity: the largest load with 95 % of first tokens within max(1 s, 2 x own uncached prefill), in units of the "
     "load that would keep the fleet busy with prefill if nothing were cached.",
     "Left of the stroke replicas prefill first come, first served, right of it the shortest first, with which ours "
     f"ships. With {MANY} replicas and more: the three best baselines of the next smaller fleet.",
+    "≥: the trace is too short to fill such a fleet, whatever its speed; ours over others is not judged there.",
     "Goals: `warm` in its own order over others as they come, and over all in the same order; hits at that capacity.",
 )
 """What a reader of the tables must know."""
@@ -153,7 +158,7 @@ class _Cells:
         rows = (self.row(column, policy, "fcfs"), self.row(column, policy, OUR_ORDER))
         if rows == (None, None):
             return ""
-        return " / ".join("–" if row is None else f"{row.capacity:.3g}" for row in rows)
+        return " / ".join("–" if row is None else _capacity(row) for row in rows)
 
 
 def _ratios(trace: str, cells: _Cells) -> Iterator[PolicyRatio]:
@@ -169,7 +174,8 @@ def _ratios(trace: str, cells: _Cells) -> Iterator[PolicyRatio]:
         values = {
             column: row.capacity / best for column, row in ours.items() if (best := cells.best(column, order, policies))
         }
-        yield PolicyRatio(trace, name, values, {c: Goal.at_least(limit) for c in values} if limit else {})
+        judged = [column for column in values if ours[column].capacity < UNBOUNDED]
+        yield PolicyRatio(trace, name, values, {c: Goal.at_least(limit) for c in judged} if limit else {})
     hits = {column: row.of_pooled_lru for column, row in ours.items()}
     limits = {column: HITS_AMPLE if column[1] >= AMPLE_TOKENS else HITS_SCARCE for column in hits}
     yield PolicyRatio(trace, "hits of pooled LRU", hits, {c: Goal.at_least(limit) for c, limit in limits.items()})
@@ -191,6 +197,10 @@ def _stale(trace: str, cells: _Cells, ours: Mapping[Column, Row]) -> Iterator[Po
 
 def _at_least(limit: float, values: Mapping[Column, float]) -> dict[Column, Goal]:
     return {column: Goal.at_least(limit) for column in values}
+
+
+def _capacity(row: Row) -> str:
+    return f"{row.capacity:.3g}" if row.capacity < UNBOUNDED else f"≥ {row.capacity:.3g}"
 
 
 def column_of(row: Row) -> Column:

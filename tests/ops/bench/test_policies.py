@@ -14,7 +14,7 @@ from ops.bench import policies
 from ops.bench.harness import BenchError
 from ops.bench.policies import BLIND, OURS, STALE, Findings, Grid, Key, Row, Situation, Work, Workload, near
 from ops.bench.policies_plot import plot
-from ops.bench.policies_report import PoliciesReport
+from ops.bench.policies_report import UNBOUNDED, PoliciesReport
 from ops.cli import main
 from ops.simulate.trace import Trace
 from tests.ops.simulate.making import conversations
@@ -128,6 +128,13 @@ def test_hits_are_asked_for_by_how_ample_the_caches_are() -> None:
     rows = [row(key(), 1.0, 0.93), row(key(kv_tokens=4_000_000), 1.0, 0.96)]
     (hits,) = [ratio for ratio in report(*rows).ratios() if ratio.name == "hits of pooled LRU"]
     assert [str(goal) for goal in hits.goals.values()] == ["≥ 0.92", "≥ 0.97"] and hits.num_reached == 1
+
+
+def test_a_fleet_that_the_trace_cannot_fill_is_shown_and_not_judged() -> None:
+    full = UNBOUNDED + 1
+    found = report(row(key(), full), row(key("greedy_ttft", "fcfs"), full), row(key("greedy_ttft"), 17.0))
+    assert "| greedy_ttft | ≥ 195 / 17 |" in found.markdown()
+    assert [ratio.name for ratio in found.ratios() if ratio.goals] == ["hits of pooled LRU"]
 
 
 def test_stale_knowledge_is_set_against_fresh_and_none_against_the_best_baseline() -> None:
