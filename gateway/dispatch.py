@@ -18,6 +18,7 @@ import msgspec
 
 from gateway.admission import Admission
 from gateway.errors import (
+    AdapterNotLoadableError,
     ApiError,
     ContextLengthError,
     DeadlineError,
@@ -312,11 +313,15 @@ def _excluding(request: RouteRequest, replica_id: str) -> RouteRequest:
 
 
 def _check_able(request: RouteRequest, decision: Decision) -> None:
-    """Raises when no replica there is can ever take the request: ContextLengthError, UnavailableError."""
+    """Raises when no replica there is can ever take the request: ContextLengthError, AdapterNotLoadableError."""
     reasons = {candidate.filtered for candidate in decision.candidates}
     if reasons == {TOO_LONG}:
         raise ContextLengthError(
             f"The prompt has {request.num_prompt_tokens} tokens; no replica of model '{request.model}' takes that many."
         )
     if reasons == {NO_ADAPTERS}:
-        raise UnavailableError(f"No replica of model '{request.model}' has room for adapters.")
+        raise AdapterNotLoadableError(
+            f"'{request.adapter}' is a LoRA adapter, and no replica of model '{request.model}' takes any: "
+            "its groups have engine.max_adapters 0.",
+            param="model",
+        )

@@ -14,7 +14,7 @@ import msgspec
 
 from configs.lora import LoraError, lora_folder, read_lora
 from ops.errors import OperationError
-from ops.instance import find_instances
+from ops.instance import Instance, find_instances
 from routing.adapters import Adapter, AdapterConflictError, AdapterRegistry, Catalogue
 from routing.store import Store, StoreError, StoreOptions
 
@@ -76,9 +76,12 @@ def adapters_add(place: tuple[str | None, str | None], /, path: str, **fields: o
     """Add a version of NAME and make it the current one; requests find it within a second.
 
     A version that was added before becomes current again: that is how to roll back. A checkpoint that is on this
-    machine is looked at first; its weights are checked by the replica that loads them.
+    machine is looked at first; its weights are checked by the replica that loads them. For an instance on this machine
+    it must be here.
     """
     found, path = _looked_at(path)
+    if not _is_given(place):
+        _check_here(_running(place), str(fields["base_model"]), path)
     given = {name: value for name, value in fields.items() if value is not None}
     try:
         adapter = msgspec.convert({**found, **given, "path": path}, Adapter)
@@ -134,15 +137,36 @@ def _with(place: tuple[str | None, str | None], work: Callable[[AdapterRegistry]
         raise AdapterError(str(error)) from error
 
 
+def _is_given(place: tuple[str | None, str | None]) -> bool:
+    """Whether the registry's address was given; else it is that of an instance on this machine."""
+    return place[0] is not None and place[0] != "embedded"
+
+
 def _found(place: tuple[str | None, str | None]) -> tuple[str, str]:
     """The URL and cluster meant: those given, else those of the one instance that runs here."""
     redis, cluster = place
-    if redis is not None and redis != "embedded":
+    if redis is not None and _is_given(place):
         return redis, cluster or "warmgate"
+    running = _running(place)
+    return running.redis_url, running.cluster
+
+
+def _running(place: tuple[str | None, str | None]) -> Instance:
+    """The one instance that is meant. Raises AdapterError."""
+    cluster = place[1]
     running = [i for i in find_instances(Path(tempfile.gettempdir())) if i.redis_url and cluster in (None, i.cluster)]
     if not running:
         raise AdapterError("no instance is running on this machine: start one, or give --redis and --cluster")
     if len(running) > 1:
         clusters = ", ".join(instance.cluster for instance in running)
         raise AdapterError(f"several instances run here: choose one with --cluster: {clusters}")
-    return running[0].redis_url, running[0].cluster
+    return running[0]
+
+
+def _check_here(instance: Instance, base_model: str, path: str) -> None:
+    """Raises AdapterError where replicas on this machine could never load it."""
+    name = instance.instance
+    if base_model not in instance.models:
+        raise AdapterError(f"{name} serves no model {base_model!r}; it serves {', '.join(instance.models)}")
+    if path and not Path(path).is_dir():
+        raise AdapterError(f"there is no folder {Path(path).absolute()}, and the replicas of {name} run here")

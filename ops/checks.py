@@ -20,7 +20,7 @@ from configs.runtime import run_dir_for
 from configs.tokenizer import load_model_files
 from ops.doctor import Check, Finding, Patient
 from ops.instance import find_instance
-from ops.memory import GIB, group_memory
+from ops.memory import GIB, group_memory, main_memory
 from ops.models import faults, read_manifest
 from ops.valkey import EmbeddedValkey, ValkeyError, ping_url
 
@@ -189,7 +189,6 @@ def memory(patient: Patient) -> Iterator[Finding]:
     import psutil
 
     config = patient.profile.config
-    total = 0.0
     for group in config.groups:
         model = config.model_named(group.model)
         assert model is not None, f"{group.model=} passed the checks"
@@ -198,7 +197,7 @@ def memory(patient: Patient) -> Iterator[Finding]:
         except ConfigError:
             continue  # `model_files` has said so
         yield Finding(f"memory {group.name}", estimate.status, estimate.detail, estimate.advice)
-        total += 0 if group.resources.num_gpus else group.replicas * estimate.replica_bytes
+    total = sum(main_memory(config, patient.home).values())
     machine = psutil.virtual_memory()
     detail = (
         f"replicas need about {total / GIB:.1f} GiB of {machine.total / GIB:.1f}, {machine.available / GIB:.1f} free"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from configs.check import Problem
 from configs.errors import ConfigError
-from configs.schema import EngineConfig, GroupConfig, ModelConfig
+from configs.schema import Config, EngineConfig, GroupConfig, ModelConfig
 from configs.tokenizer import find_model
 
 if TYPE_CHECKING:
@@ -117,18 +119,44 @@ def group_memory(group: GroupConfig, model: ModelConfig, home: Path) -> Estimate
         return Estimate(BASE_BYTES["sim"], "ok", f"a sim replica: {held:,} pretended KV tokens, no weights")
     shape = ModelShape.read(find_model(model.source, home))
     dtype = _resolved_dtype(group)
-    weights, kv_bytes = shape.weights_in(dtype, engine.quantization), int(engine.kv_cache_gib * GIB)
-    tokens = kv_bytes // shape.kv_bytes_per_token(dtype, engine.kv_cache_dtype)
+    weights, longest = shape.weights_in(dtype, engine.quantization), _longest(engine, shape)
+    a_token = shape.kv_bytes_per_token(dtype, engine.kv_cache_dtype)
+    kv_bytes = min(int(engine.kv_cache_gib * GIB), engine.max_num_seqs * longest * a_token)  # more is never used
+    tokens = kv_bytes // a_token
     detail = f"a replica: weights {weights / GIB:.2f} GiB, KV {kv_bytes / GIB:.2f} GiB = {tokens:,} tokens"
     needed = BASE_BYTES["native"] + weights + kv_bytes
     if engine.max_adapters:
         needed += (lora := shape.lora_bytes(engine, dtype))
         detail += f", LoRA {lora / GIB:.2f} GiB"
-    longest = _longest(engine, shape)
     if tokens < longest:
         advice = f"raise engine.kv_cache_gib, or set engine.max_model_len to {tokens} at most"
         return Estimate(needed, "warn", f"{detail}, fewer than {longest:,}", advice)
     return Estimate(needed, "ok", f"{detail} (longest request {longest:,})")
+
+
+def main_memory(config: Config, home: Path) -> dict[int, int]:
+    """Bytes that the replicas of each group need together, by the group's number: those that run without a GPU, as far
+    as their models' files can be read."""
+    found = {}
+    for i, group in enumerate(config.groups):
+        model = config.model_named(group.model)
+        assert model is not None, f"{group.model=} passed the checks"
+        if not group.resources.num_gpus:
+            with suppress(ConfigError):
+                found[i] = group.replicas * group_memory(group, model, home).replica_bytes
+    return found
+
+
+def beyond_memory(config: Config, home: Path, total_bytes: int) -> Problem | None:
+    """What is wrong with a profile whose replicas need more than the machine has."""
+    needed = main_memory(config, home)
+    if sum(needed.values()) <= total_bytes:
+        return None
+    reason = (
+        f"replicas need about {sum(needed.values()) / GIB:.1f} GiB of the machine's {total_bytes / GIB:.1f}: take "
+        "fewer replicas, or a smaller engine.kv_cache_gib (warmgate doctor has the sums)"
+    )
+    return Problem(("groups", max(needed, key=needed.__getitem__), "engine", "kv_cache_gib"), reason)
 
 
 def _resolved_dtype(group: GroupConfig) -> str:

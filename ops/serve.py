@@ -27,6 +27,7 @@ from configs.runtime import Runtime
 from configs.schema import Config
 from ops import guard, ray_cluster
 from ops.instance import Instance, find_instance, own_start_time
+from ops.memory import beyond_memory
 from ops.processes import Family, adopt_orphans
 from ops.progress import Progress
 from ops.ray_cluster import RayPlan, RayStartError
@@ -72,6 +73,9 @@ def preflight(config: Config, runtime: Runtime) -> None:
     for problem in check.missing_models(config, runtime.home):
         raise ConfigError(problem.reason, key=problem.key)
     if private:  # elsewhere the replicas' machines are not this one
+        beyond = beyond_memory(config, runtime.home, psutil.virtual_memory().total)
+        if beyond is not None:
+            raise ConfigError(beyond.reason, key=beyond.key)
         for problem in check.broken_adapters(config):
             raise ConfigError(problem.reason, key=problem.key)
     if config.ray.haproxy == "on" and not sys.platform.startswith("linux"):

@@ -211,5 +211,9 @@ async def test_a_fleet_without_any_slot_says_so_at_once(stack: Stack) -> None:
     await stack.host("m", engine(max_adapters=0))
     async with asyncio.timeout(2.0):
         answer = await complete(stack, "lora-1", "x")
-    assert (answer["status"], answer["error"]["code"]) == (503, "no_replica_available")
-    assert "has room for adapters" in answer["error"]["message"]
+    assert (answer["status"], answer["error"]["code"], answer["error"]["param"]) == (
+        400,
+        "adapter_not_loadable",
+        "model",
+    )
+    assert "no replica of model 'm' takes any" in answer["error"]["message"]

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from ops.cli import main
+from ops.instance import Instance
 from tests.routing import conftest as routing_conftest
 from tests.routing.conftest import Valkey
 
@@ -82,6 +83,26 @@ def test_mistakes_are_one_line_that_names_them(run: Runner, words: list[str], co
     result = run(*words)
     assert result.exit_code == code and says in result.output
     assert "Traceback" not in result.output
+
+
+def test_what_replicas_on_this_machine_could_never_load_is_refused(
+    valkey: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Instance(
+        pid=1, started=0.0, instance="quickstart-8000", url="http://127.0.0.1:8000", models=("smollm2-135m",),
+        run_dir=str(tmp_path), logs="", redis_url=valkey.url, cluster="c",
+    )  # fmt: skip
+    monkeypatch.setattr("ops.adapters.find_instances", lambda folder: [here])
+    folder = checkpoint(tmp_path / "x")
+
+    def add(model: str, path: str) -> Result:
+        words = ["adapters", "add", "voice", "--base-model", model, "--path", path]
+        return CliRunner().invoke(main, words, prog_name="warmgate")
+
+    assert add("nope", str(folder)).output == "error: quickstart-8000 serves no model 'nope'; it serves smollm2-135m\n"
+    missing = add("smollm2-135m", str(tmp_path / "y"))
+    assert missing.exit_code == 1 and f"there is no folder {tmp_path / 'y'}" in missing.output
+    assert add("smollm2-135m", str(folder)).output == "voice is voice@1 now\n"
 
 
 def test_other_weights_need_another_version(run: Runner) -> None:

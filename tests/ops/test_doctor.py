@@ -15,10 +15,10 @@ import pytest
 from rich.console import Console
 
 from configs.load import load_profile, setting
-from configs.schema import GroupConfig, ModelConfig
+from configs.schema import Config, EngineConfig, GroupConfig, ModelConfig, TenantConfig
 from ops import checks
 from ops.doctor import Finding, Patient, diagnose, render, to_json, worst
-from ops.memory import GIB, ModelShape, group_memory
+from ops.memory import BASE_BYTES, GIB, ModelShape, beyond_memory, group_memory
 from ops.models import pull
 from tests.ops.hub import FakeHub
 from tests.ops.tiny import hub_files
@@ -191,6 +191,19 @@ def test_kv_cache_too_small_for_the_longest_request_is_to_be_minded(tmp_path: Pa
     found = group_memory(small, model, tmp_path)
     assert found.status == "warn"
     assert f"max_model_len to {tokens // 8} at most" in found.advice
+
+
+def test_a_kv_cache_counts_as_far_as_its_sequences_can_use_it(tmp_path: Path) -> None:
+    _llama(tmp_path / "models" / "smollm2-135m")
+    model = ModelConfig(id="m", source="smollm2-135m")
+    group = GroupConfig(name="g", model="m", replicas=3, engine=EngineConfig(kv_cache_gib=500.0, max_num_seqs=2))
+    most = BASE_BYTES["native"] + 1000 + 2 * 8192 * 2 * 30 * 3 * 64 * 4
+    assert group_memory(group, model, tmp_path).replica_bytes == most
+    config = Config(models=(model,), groups=(group,), tenants=(TenantConfig(id="t"),))
+    assert beyond_memory(config, tmp_path, 3 * most) is None
+    found = beyond_memory(config, tmp_path, 3 * most - 1)
+    assert found is not None and found.key == ("groups", 0, "engine", "kv_cache_gib")
+    assert "replicas need about 3.9 GiB of the machine's 3.9" in found.reason
 
 
 def test_the_memory_of_lora_adapters_counts_as_far_as_their_slots_can_use_it(tmp_path: Path) -> None:

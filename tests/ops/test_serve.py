@@ -65,6 +65,14 @@ def test_a_second_serve_of_the_same_profile_names_the_first(tmp_path):
         preflight(config, runtime)
 
 
+def test_a_fleet_that_the_machine_has_no_memory_for_is_refused_at_once(tmp_path, monkeypatch):
+    group = {"name": "sims", "model": "sim", "replicas": 100_000, "engine": {"kind": "sim"}}
+    runtime = Runtime(run_dir=tmp_path, home=tmp_path, redis_url="", secret=b"", instance="sim-8000")
+    monkeypatch.setattr("ops.ray_cluster.port_problem", lambda config: None)
+    with pytest.raises(ConfigError, match=r"groups\[0\]\.engine\.kv_cache_gib: replicas need about \d+"):
+        preflight(profile(groups=[group]), runtime)
+
+
 def shown(steps) -> str:
     """What `steps(progress)` prints where there is no terminal."""
     out = io.StringIO()
