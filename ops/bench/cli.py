@@ -16,6 +16,7 @@ from rich.status import Status
 
 from ops.bench.harness import BenchError, Notice, Plan
 from ops.bench.report import record
+from ops.picture import check_can_plot
 from ops.token_count import TokenCount
 
 PAGE = Path("docs/benchmarks.md")
@@ -71,6 +72,8 @@ def engine(
     """tok/s, TTFT and TPOT at 1, 4, 16, 32 requests at once, beside transformers and vLLM on the CPU."""
     from ops.bench import engine as module
 
+    if plot_to is not None:
+        check_can_plot(plot_to)
     chosen = _known(wanted, module.ALL)
     workload = module.Workload(_model_dir(model), **set_to)
     if quick:
@@ -269,6 +272,8 @@ def policies(
     """SLO capacity of every policy on whole traces, by fleet and KV size; simulated, about an hour of one core."""
     from ops.bench import policies_cli
 
+    if plot_to is not None:
+        check_can_plot(plot_to)
     report = policies_cli.run(trace_files, findings_file, options)
     _finish(report, recorded)
     if plot_to is not None:

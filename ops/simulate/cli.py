@@ -12,6 +12,7 @@ import click
 from rich.console import Console
 
 from configs.schema import AdmissionConfig
+from ops.picture import check_can_plot
 from ops.token_count import TokenCount
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ def trace(path: Path, as_json: bool, plot_to: Path | None, workers: int | None, 
     from ops.simulate.cells import Crew, find_all, num_cores
     from ops.simulate.report import Report
 
+    if plot_to is not None:
+        check_can_plot(plot_to)
     began = time.monotonic()
     played = _trace(path, options)
     cells = _cells(options, None if options["adapters"] is None else options["adapter_slots"], _search(plot_to))
@@ -114,11 +117,11 @@ def trace(path: Path, as_json: bool, plot_to: Path | None, workers: int | None, 
     report = Report(played, cells[0].fleet, findings, time.monotonic() - began)
     if not as_json:
         Console(width=None if Console().is_terminal else 200).print(report.table())
+    click.echo(report.json_line())
     if plot_to is not None:
         from ops.simulate.plot import plot
 
         plot(findings, plot_to, path.name)
-    click.echo(report.json_line())
 
 
 @simulate.command()

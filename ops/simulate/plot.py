@@ -11,11 +11,9 @@ from ops.simulate.errors import SimulationError
 
 def plot(findings: Sequence[Finding], path: Path, title: str) -> None:
     """Writes TTFT CDFs and SLO attainment against load (PNG, SVG or PDF, by the name). Raises SimulationError."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SimulationError(f"a plot needs matplotlib (pip install matplotlib): {error}") from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,30 @@ def test_hits_are_set_against_one_pooled_cache() -> None:
 
 @pytest.mark.parametrize("loads", [(0.4,), (None,)])
 def test_plots_are_drawn_with_one_load_and_with_many(tmp_path: Path, loads: tuple[float | None, ...]) -> None:
-    pytest.importorskip("matplotlib")
     findings = [find(TRACE, Cell(policy, FLEET, loads[0])) for policy in ("warm", "round_robin")]
     plot(findings, tmp_path / "plot.png", "title")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SimulationError, match="nowhere"):
         plot(findings, tmp_path / "nowhere" / "plot.png", "title")
+
+
+def test_a_plot_that_cannot_be_drawn_is_refused_before_anything_is_simulated(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(*_: object) -> None:
+        raise AssertionError("simulated in vain")
+
+    monkeypatch.setattr("ops.simulate.cells.find_all", nothing)
+
+    def refused(name: str) -> str:
+        done = CliRunner().invoke(main, ["simulate", str(path), "--plot", str(path.parent / name)])
+        assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        return done.stderr
+
+    assert "a plot's name ends in one of" in refused("plot.txt")
+    assert "trace.jsonl" in refused("trace.jsonl/plot.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    assert refused("plot.png") == f"error: a plot needs matplotlib: {sys.executable} -m pip install matplotlib\n"
 
 
 @pytest.fixture
