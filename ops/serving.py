@@ -196,8 +196,12 @@ def running(overview: DeploymentStatusOverview) -> int:
 
 
 def first_request(config: Config, url: str) -> str:
-    """A curl to paste: a chat with the first model, with a key where every tenant needs one."""
-    body = json.dumps({"model": config.models[0].id, "messages": [{"role": "user", "content": "Hello!"}]})
+    """A curl to paste: a chat with the first model, with a key where every tenant needs one.
+
+    As cool as `warmgate chat`: at temperature 1 a small model talks nonsense.
+    """
+    messages = [{"role": "user", "content": "Hello!"}]
+    body = json.dumps({"model": config.models[0].id, "temperature": 0.2, "messages": messages})
     words = ["curl", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json"]
     key = "" if any(t.anonymous for t in config.tenants) else ' -H "Authorization: Bearer $WARMGATE_API_KEY"'
     return f"  {shlex.join(words)}{key} \\\n    -d {shlex.quote(body)}"

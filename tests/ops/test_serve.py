@@ -98,7 +98,8 @@ def test_a_failed_step_says_so_and_an_interrupted_one_otherwise():
 def test_the_first_request_is_a_command_a_shell_can_run():
     words = shlex.split(first_request(profile(), "http://127.0.0.1:8000"))
     assert words[:2] == ["curl", "http://127.0.0.1:8000/v1/chat/completions"]
-    assert msgspec.json.decode(words[words.index("-d") + 1])["model"] == "sim"
+    body = msgspec.json.decode(words[words.index("-d") + 1])
+    assert (body["model"], body["temperature"]) == ("sim", 0.2)
     assert not any("Authorization" in word for word in words)
 
 
