@@ -30,7 +30,7 @@ class ExplainError(OperationError):
     """The gateway cannot be asked, or does not know."""
 
 
-@click.command()
+@click.command(short_help="Show why a request went where it went.")
 @click.argument("request_id")
 @click.option("--url", envvar="WARMGATE_URL", help="The gateway [default: the one running here, or port 8000].")
 @click.option("--key", envvar="WARMGATE_API_KEY", help="API key [environment: WARMGATE_API_KEY].")

@@ -76,7 +76,7 @@ class _Work:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-@click.command("quantize-report")
+@click.command("quantize-report", short_help="Compare quantisation schemes on a model.")
 @click.argument("model")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="quantize-report", show_default=True,
               help="Folder for results, the plot and the checkpoints that are made.")  # fmt: skip

@@ -42,7 +42,7 @@ _record = click.option("--record", "recorded", is_flag=True, callback=_not_both,
 _model = click.option("--model", default="smollm2-135m", show_default=True, help="Catalogue name or folder.")
 
 
-@click.group()
+@click.group(short_help="Measure beside rivals.")
 def bench() -> None:
     """Measure beside rivals: sides in turn, medians with their spread, CPU as the system accounts it.
 
@@ -56,7 +56,7 @@ def bench() -> None:
     """
 
 
-@bench.command()
+@bench.command(short_help="tok/s, TTFT and TPOT beside transformers and vLLM.")
 @_model
 @_repeats
 @_quick
@@ -84,7 +84,7 @@ def engine(
         module.plot(report, plot_to)
 
 
-@bench.command()
+@bench.command(short_help="A token with and without the KV cache.")
 @_model
 @_repeats
 @_quick
@@ -98,7 +98,7 @@ def kv(model: str, repeats: int, quick: bool, recorded: bool) -> None:
     _finish(_measure(lambda notice: module.run(folder, lengths, _plan(repeats, quick), notice)), recorded)
 
 
-@bench.command()
+@bench.command(short_help="Many adapters in a batch, and in a fleet.")
 @_model
 @_repeats
 @_quick
@@ -125,7 +125,7 @@ def lora(model: str, repeats: int, quick: bool, recorded: bool, **set_to: Any) -
     _finish(_measure(lambda notice: module.run(workload, _plan(repeats, quick), notice)), recorded)
 
 
-@bench.command()
+@bench.command(short_help="What grammars cost.")
 @_model
 @_repeats
 @_quick
@@ -139,7 +139,7 @@ def structured(model: str, repeats: int, quick: bool, recorded: bool) -> None:
     _finish(_measure(lambda notice: module.run(folder, num_steps, _plan(repeats, quick), notice)), recorded)
 
 
-@bench.command()
+@bench.command(short_help="Decoding with guesses beside plain decoding.")
 @_model
 @_repeats
 @_quick
@@ -170,7 +170,7 @@ def speculative(
     _finish(_measure(lambda notice: module.run(sides, _plan(repeats, quick), notice)), recorded)
 
 
-@bench.command()
+@bench.command(short_help="CPU per request and chunk, beside other front-ends.")
 @_repeats
 @_quick
 @_record
@@ -184,7 +184,7 @@ def gateway(repeats: int, quick: bool, recorded: bool, wanted: tuple[str, ...]) 
     _finish(_measure(lambda notice: module.run(chosen, size, _plan(repeats, quick), notice)), recorded)
 
 
-@bench.command()
+@bench.command(short_help="Adapter swaps and TTFT, simulated.")
 @_repeats
 @_quick
 @_record
@@ -196,7 +196,7 @@ def adapters(repeats: int, quick: bool, recorded: bool) -> None:
     _finish(_measure(lambda notice: module.run(grid, _plan(repeats, quick), notice)), recorded)
 
 
-@bench.command()
+@bench.command(short_help="Time to choose among 64 replicas.")
 @_repeats
 @_quick
 @_record
@@ -209,7 +209,7 @@ def decision(repeats: int, quick: bool, recorded: bool) -> None:
     _finish(_measure(lambda notice: module.run(size, num, _plan(repeats, quick), notice)), recorded)
 
 
-@bench.command()
+@bench.command(short_help="TTFT and prefix hits of a trace slice, live.")
 @click.option("--trace", "trace_file", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--replicas", "num_replicas", default=4, show_default=True, type=_AT_LEAST_1)
 @click.option("--requests", "num_requests", default=400, show_default=True, type=_AT_LEAST_1)
@@ -230,7 +230,7 @@ def routing(trace_file: Path, wanted: tuple[str, ...], repeats: int, recorded: b
     _finish(_measure(lambda notice: module.run(workload, chosen, Plan(repeats, 0), notice)), recorded)
 
 
-@bench.command()
+@bench.command(short_help="The simulator beside what it simulates.")
 @click.option("--trace", "trace_file", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--replicas", "num_replicas", default=3, show_default=True, type=_AT_LEAST_1)
 @click.option("--requests", "num_requests", default=300, show_default=True, type=_AT_LEAST_1)
@@ -251,7 +251,7 @@ def simulator(trace_file: Path, wanted: tuple[str, ...], repeats: int, recorded:
     _finish(_measure(lambda notice: module.run(workload, policies, Plan(repeats, 0), notice)), recorded)
 
 
-@bench.command()
+@bench.command(short_help="SLO capacity of every policy, simulated.")
 @click.option("--trace", "trace_files", required=True, multiple=True, help="Repeatable: a table each.",
               type=click.Path(exists=True, dir_okay=False, path_type=Path))  # fmt: skip
 @click.option("--replicas", multiple=True, default=(8, 4, 16, 64), show_default=True, type=_AT_LEAST_1,

@@ -57,7 +57,7 @@ class TraceOrVerb(click.Group):
         return super().parse_args(ctx, args)
 
 
-@click.group(cls=TraceOrVerb)
+@click.group(cls=TraceOrVerb, short_help="Play a trace with other policies, other fleets.")
 def simulate() -> None:
     """What would a trace look like with another policy, another fleet?
 
@@ -73,7 +73,7 @@ def simulate() -> None:
     """
 
 
-@simulate.command()
+@simulate.command(short_help="Play TRACE, with policies and fleets of choice.")
 @click.argument("path", metavar="TRACE", type=_FILE)
 @click.option("--policy", "policies", multiple=True, default=("warm",), show_default=True, metavar="NAME",
               help=f"Repeatable. There are {', '.join(POLICIES)}.")  # fmt: skip
@@ -137,7 +137,7 @@ def trace(path: Path, as_json: bool, plot_to: Path | None, workers: int | None, 
         plot(findings, plot_to, path.name)
 
 
-@simulate.command()
+@simulate.command(short_help="Measure what a step of a live replica costs.")
 @click.argument("url")
 @click.option("--model", required=True, help="Model id as the server names it.")
 @click.option("--api-key", envvar="WARMGATE_API_KEY", help="Bearer token, where the server wants one.")
