@@ -65,7 +65,7 @@ def bench() -> None:
 @click.option("--threads", default=1, show_default=True, type=_AT_LEAST_1, help="Threads of every side.")
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16"]))
 @click.option("--shared-prefix", default=0, type=click.IntRange(min=0), help="Prompt tokens alike in all; caches on.")
-@click.option("--plot", "plot_to", type=click.Path(path_type=Path), help="Throughput against concurrency, as PNG.")
+@click.option("--plot", "plot_to", type=click.Path(path_type=Path, dir_okay=False), help="Throughput by concurrency.")
 def engine(
     model: str, repeats: int, quick: bool, recorded: bool, wanted: tuple[str, ...], plot_to: Path | None, **set_to: Any
 ) -> None:
