@@ -26,12 +26,15 @@ class AdapterError(OperationError):
     """The catalogue cannot be reached, or refuses what was asked."""
 
 
-@click.group()
+@click.group(short_help="List, add and remove LoRA adapters.")
 @click.option("--redis", envvar="WARMGATE_REDIS__URL", help="Its address [default: that of the instance running here].")
 @click.option("--cluster", envvar="WARMGATE_CLUSTER", help="Its cluster [default: that of the instance running here].")
 @click.pass_context
 def adapters(context: click.Context, redis: str | None, cluster: str | None) -> None:
     """List, add and remove the LoRA adapters that clients can name as models.
+
+    Their model's group needs `engine.max_adapters`, as the profile multi-lora has it. `warmgate train-lora` makes a few
+    to try.
 
     \b
     warmgate adapters add summariser --base-model sim --version 2 --path /adapters/summariser --rank 16
@@ -41,7 +44,7 @@ def adapters(context: click.Context, redis: str | None, cluster: str | None) -> 
     context.obj = (redis, cluster)
 
 
-@adapters.command("list")
+@adapters.command("list", short_help="List every version of every adapter.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
 @click.pass_obj
 def adapters_list(place: tuple[str | None, str | None], as_json: bool) -> None:
@@ -62,7 +65,7 @@ def adapters_list(place: tuple[str | None, str | None], as_json: bool) -> None:
         click.echo(f"{mark} {adapter.adapter_id:<{width}}  {adapter.base_model}  {about}".rstrip())
 
 
-@adapters.command("add")
+@adapters.command("add", short_help="Add a version of NAME and make it the current one.")
 @click.argument("name")
 @click.option("--base-model", required=True, help="The id of the model it was trained on.")
 @click.option("--version", default="1", show_default=True, help="Names these weights for ever.")

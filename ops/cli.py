@@ -49,7 +49,7 @@ def profile_options(command: Command) -> Command:
     return command
 
 
-@main.command()
+@main.command(short_help="Serve a profile until Ctrl-C.")
 @profile_options
 def serve(profile: str, **flags: Any) -> None:
     """Serve PROFILE (a YAML file or a shipped profile's name) until Ctrl-C.
@@ -75,7 +75,7 @@ def serve(profile: str, **flags: Any) -> None:
     click.get_current_context().exit(code)
 
 
-@main.command()
+@main.command(short_help="Show the instances that run on this machine.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
 def status(as_json: bool) -> None:
     """Show the instances that run on this machine, their replicas and what those are doing.
@@ -228,7 +228,7 @@ def config() -> None:
     """Look at profiles."""
 
 
-@config.command("show")
+@config.command("show", short_help="Print a profile as it will be used.")
 @profile_options
 def config_show(profile: str, **flags: Any) -> None:
     """Print PROFILE as it will be used: every key, and where its value came from.

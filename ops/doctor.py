@@ -55,7 +55,8 @@ def diagnose(name: str, load: Callable[[], Profile], env: Mapping[str, str]) -> 
         profile = load()
     except ConfigError as error:
         return [*findings, Finding("config", "fail", str(error), "correct the profile, then run this again")]
-    findings.append(Finding("config", "ok", f"{name}: {len(profile.config.groups)} group(s), no contradiction"))
+    num = len(profile.config.groups)
+    findings.append(Finding("config", "ok", f"{name}: {num} {'group' if num == 1 else 'groups'}, no contradiction"))
     patient = Patient(profile, home_dir(env), env)
     return [*findings, *_examined(patient, checks.PROFILE)]
 

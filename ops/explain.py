@@ -20,12 +20,17 @@ TIMEOUT_S = 10.0
 WIDTH = 1000
 """Lines are as long as they need: a term that a narrow window cut off would be no explanation."""
 
+FOOTNOTE = """\
+Terms and cost in ms: what each means is in docs/policies.md.
+Cached: prompt tokens in whole routing blocks, as the ingress knew them when it decided; the replica's own count, in
+smaller blocks, is in the header x-warmgate-cached-tokens."""
+
 
 class ExplainError(OperationError):
     """The gateway cannot be asked, or does not know."""
 
 
-@click.command()
+@click.command(short_help="Show why a request went where it went.")
 @click.argument("request_id")
 @click.option("--url", envvar="WARMGATE_URL", help="The gateway [default: the one running here, or port 8000].")
 @click.option("--key", envvar="WARMGATE_API_KEY", help="API key [environment: WARMGATE_API_KEY].")
@@ -60,6 +65,8 @@ def fetch(url: str, key: str | None, request_id: str) -> bytes:
     try:
         with httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_S, trust_env=False) as http:
             answer = http.get(path)
+    except httpx.ConnectError as error:
+        raise ExplainError(f"no gateway at {url}; start one with: warmgate serve") from error
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise ExplainError(f"no gateway at {url}: {error or type(error).__name__}") from error
     if answer.status_code != 200:
@@ -75,6 +82,7 @@ def show(found: Explanation, console: Console) -> None:
         console.print()
         console.print(_title(decision), markup=False)
         console.print(_table(decision))
+    console.print(f"\n{FOOTNOTE}", style="dim")
     if found.num_left_out:
         console.print(f"\nand {found.num_left_out} decisions more")
 
@@ -91,21 +99,25 @@ def _title(decision: ShownDecision) -> str:
 def _table(decision: ShownDecision) -> Table:
     terms = list(dict.fromkeys(term for candidate in decision.candidates for term in candidate.terms_s))
     with_adapter = any(candidate.adapter is not None for candidate in decision.candidates)
-    table = Table(box=None, padding=(0, 2, 0, 0), caption="terms in ms", caption_justify="left")
+    anybody_left_out = any(candidate.filtered is not None for candidate in decision.candidates)
+    table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("", no_wrap=True)
     table.add_column("replica", no_wrap=True)
     table.add_column("cached", justify="right", no_wrap=True)
     if with_adapter:
-        table.add_column("adapter", no_wrap=True)
+        table.add_column("has adapter", no_wrap=True)
     for term in (*terms, "cost"):
         table.add_column(term, justify="right", no_wrap=True)
-    table.add_column("left out", no_wrap=True)
+    if anybody_left_out:
+        table.add_column("left out", no_wrap=True)
     for candidate in _ranked(decision):
         won = candidate.replica_id == decision.replica_id
         cells = ["→" if won else "", candidate.replica_id, str(candidate.matched_tokens)]
         if with_adapter:
             cells.append(candidate.adapter or "")
-        cells += [*_costs(candidate, terms), candidate.filtered or ""]
+        cells += _costs(candidate, terms)
+        if anybody_left_out:
+            cells.append(candidate.filtered or "")
         table.add_row(*map(escape, cells), style="bold" if won else "")
     return table
 

@@ -74,11 +74,9 @@ def as_table(rows: Sequence[Row]) -> str:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Perplexity against memory and against speed, a point a scheme. Raises ReportError."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ReportError("the plot needs matplotlib: pip install matplotlib") from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12, 5), layout="constrained")
     FigureCanvasAgg(figure)
     memory, rate = figure.subplots(1, 2, sharey=True)

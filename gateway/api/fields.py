@@ -9,9 +9,12 @@ the answer must be) or a danger are refused by name.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 import msgspec
+from msgspec import inspect
 
 from gateway.errors import BadRequestError, UnsupportedError
 
@@ -57,6 +60,7 @@ FORBIDDEN = frozenset(
 
 _AT = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?$", re.DOTALL)
 _MISSING = re.compile(r"^Object missing required field `(?P<field>[^`]+)`$")
+_PART = re.compile(r"[^.\[\]]+")
 _RAW: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _NULL = b"null"
 _MAX_LISTED = 32
@@ -67,6 +71,7 @@ class Body(Generic[T]):
     """Decodes the bodies of one route."""
 
     def __init__(self, request_type: type[T]) -> None:
+        self._type = request_type
         self._decoder = msgspec.json.Decoder(request_type)
         self._known = frozenset(field.encode_name for field in msgspec.structs.fields(request_type))
 
@@ -77,7 +82,7 @@ class Body(Generic[T]):
             ignored = self._sort_out(present)
             return self._decoder.decode(body), ignored
         except msgspec.ValidationError as error:
-            raise invalid_field(error) from None
+            raise invalid_field(error, self._type) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise BadRequestError(
                 f"We could not parse the JSON body of your request: {error}.", code="invalid_json"
@@ -106,8 +111,8 @@ def ignored_header(ignored: list[str]) -> list[tuple[bytes, bytes]]:
     return [(b"x-warmgate-ignored-fields", ", ".join(listed).encode())] if listed else []
 
 
-def invalid_field(error: msgspec.ValidationError) -> BadRequestError:
-    """msgspec's complaint as OpenAI would put it, with `param`."""
+def invalid_field(error: msgspec.ValidationError, request_type: type[msgspec.Struct]) -> BadRequestError:
+    """msgspec's complaint as OpenAI would put it, with `param`, and with the words that would have done."""
     match = _AT.match(str(error))
     assert match is not None
     what, path = match["what"], (match["path"] or "$").removeprefix("$").removeprefix(".")
@@ -118,8 +123,28 @@ def invalid_field(error: msgspec.ValidationError) -> BadRequestError:
         )
     if not path:
         return BadRequestError(f"The request body must be a JSON object: {_lower(what)}.", code="invalid_type")
+    if what.startswith("Invalid enum value"):
+        what += f", expected one of {', '.join(_choices(_described(request_type), _PART.findall(path)))}"
     code = "invalid_type" if ", got `" in what else "invalid_value"
     return BadRequestError(f"Invalid value for '{path}': {_lower(what)}.", param=path, code=code)
+
+
+@cache
+def _described(request_type: type[msgspec.Struct]) -> inspect.Type:
+    return inspect.type_info(request_type)
+
+
+def _choices(kind: inspect.Type, path: Sequence[str]) -> list[str]:
+    """The words that a type takes at a path below it."""
+    if isinstance(kind, inspect.UnionType):
+        return [word for option in kind.types for word in _choices(option, path)]
+    if not path:
+        return [str(value) for value in kind.values] if isinstance(kind, inspect.LiteralType) else []
+    if isinstance(kind, inspect.StructType):
+        return [word for f in kind.fields if f.encode_name == path[0] for word in _choices(f.type, path[1:])]
+    if isinstance(kind, inspect.ListType):
+        return _choices(kind.item_type, path[1:])
+    return _choices(kind.value_type, path[1:]) if isinstance(kind, inspect.DictType) else []
 
 
 def _lower(what: str) -> str:

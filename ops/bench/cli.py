@@ -16,6 +16,7 @@ from rich.status import Status
 
 from ops.bench.harness import BenchError, Notice, Plan
 from ops.bench.report import record
+from ops.picture import check_can_plot
 from ops.token_count import TokenCount
 
 PAGE = Path("docs/benchmarks.md")
@@ -41,7 +42,7 @@ _record = click.option("--record", "recorded", is_flag=True, callback=_not_both,
 _model = click.option("--model", default="smollm2-135m", show_default=True, help="Catalogue name or folder.")
 
 
-@click.group()
+@click.group(short_help="Measure beside rivals.")
 def bench() -> None:
     """Measure beside rivals: sides in turn, medians with their spread, CPU as the system accounts it.
 
@@ -55,7 +56,7 @@ def bench() -> None:
     """
 
 
-@bench.command()
+@bench.command(short_help="tok/s, TTFT and TPOT beside transformers and vLLM.")
 @_model
 @_repeats
 @_quick
@@ -64,13 +65,15 @@ def bench() -> None:
 @click.option("--threads", default=1, show_default=True, type=_AT_LEAST_1, help="Threads of every side.")
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16"]))
 @click.option("--shared-prefix", default=0, type=click.IntRange(min=0), help="Prompt tokens alike in all; caches on.")
-@click.option("--plot", "plot_to", type=click.Path(path_type=Path), help="Throughput against concurrency, as PNG.")
+@click.option("--plot", "plot_to", type=click.Path(path_type=Path, dir_okay=False), help="Throughput by concurrency.")
 def engine(
     model: str, repeats: int, quick: bool, recorded: bool, wanted: tuple[str, ...], plot_to: Path | None, **set_to: Any
 ) -> None:
     """tok/s, TTFT and TPOT at 1, 4, 16, 32 requests at once, beside transformers and vLLM on the CPU."""
     from ops.bench import engine as module
 
+    if plot_to is not None:
+        check_can_plot(plot_to)
     chosen = _known(wanted, module.ALL)
     workload = module.Workload(_model_dir(model), **set_to)
     if quick:
@@ -81,7 +84,7 @@ def engine(
         module.plot(report, plot_to)
 
 
-@bench.command()
+@bench.command(short_help="A token with and without the KV cache.")
 @_model
 @_repeats
 @_quick
@@ -95,7 +98,7 @@ def kv(model: str, repeats: int, quick: bool, recorded: bool) -> None:
     _finish(_measure(lambda notice: module.run(folder, lengths, _plan(repeats, quick), notice)), recorded)
 
 
-@bench.command()
+@bench.command(short_help="Many adapters in a batch, and in a fleet.")
 @_model
 @_repeats
 @_quick
@@ -122,7 +125,7 @@ def lora(model: str, repeats: int, quick: bool, recorded: bool, **set_to: Any) -
     _finish(_measure(lambda notice: module.run(workload, _plan(repeats, quick), notice)), recorded)
 
 
-@bench.command()
+@bench.command(short_help="What grammars cost.")
 @_model
 @_repeats
 @_quick
@@ -153,7 +156,7 @@ def structured(model: str, repeats: int, quick: bool, recorded: bool) -> None:
     _finish(_measure(lambda notice: module.run(folder, num_steps, _plan(repeats, quick), notice)), recorded)
 
 
-@bench.command()
+@bench.command(short_help="Decoding with guesses beside plain decoding.")
 @_model
 @_repeats
 @_quick
@@ -184,7 +187,7 @@ def speculative(
     _finish(_measure(lambda notice: module.run(sides, _plan(repeats, quick), notice)), recorded)
 
 
-@bench.command()
+@bench.command(short_help="CPU per request and chunk, beside other front-ends.")
 @_repeats
 @_quick
 @_record
@@ -198,7 +201,7 @@ def gateway(repeats: int, quick: bool, recorded: bool, wanted: tuple[str, ...]) 
     _finish(_measure(lambda notice: module.run(chosen, size, _plan(repeats, quick), notice)), recorded)
 
 
-@bench.command()
+@bench.command(short_help="Adapter swaps and TTFT, simulated.")
 @_repeats
 @_quick
 @_record
@@ -210,7 +213,7 @@ def adapters(repeats: int, quick: bool, recorded: bool) -> None:
     _finish(_measure(lambda notice: module.run(grid, _plan(repeats, quick), notice)), recorded)
 
 
-@bench.command()
+@bench.command(short_help="Time to choose among 64 replicas.")
 @_repeats
 @_quick
 @_record
@@ -223,7 +226,7 @@ def decision(repeats: int, quick: bool, recorded: bool) -> None:
     _finish(_measure(lambda notice: module.run(size, num, _plan(repeats, quick), notice)), recorded)
 
 
-@bench.command()
+@bench.command(short_help="TTFT and prefix hits of a trace slice, live.")
 @click.option("--trace", "trace_file", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--replicas", "num_replicas", default=4, show_default=True, type=_AT_LEAST_1)
 @click.option("--requests", "num_requests", default=400, show_default=True, type=_AT_LEAST_1)
@@ -244,7 +247,7 @@ def routing(trace_file: Path, wanted: tuple[str, ...], repeats: int, recorded: b
     _finish(_measure(lambda notice: module.run(workload, chosen, Plan(repeats, 0), notice)), recorded)
 
 
-@bench.command()
+@bench.command(short_help="The simulator beside what it simulates.")
 @click.option("--trace", "trace_file", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--replicas", "num_replicas", default=3, show_default=True, type=_AT_LEAST_1)
 @click.option("--requests", "num_requests", default=300, show_default=True, type=_AT_LEAST_1)
@@ -265,7 +268,7 @@ def simulator(trace_file: Path, wanted: tuple[str, ...], repeats: int, recorded:
     _finish(_measure(lambda notice: module.run(workload, policies, Plan(repeats, 0), notice)), recorded)
 
 
-@bench.command()
+@bench.command(short_help="SLO capacity of every policy, simulated.")
 @click.option("--trace", "trace_files", required=True, multiple=True, help="Repeatable: a table each.",
               type=click.Path(exists=True, dir_okay=False, path_type=Path))  # fmt: skip
 @click.option("--replicas", multiple=True, default=(8, 4, 16, 64), show_default=True, type=_AT_LEAST_1,
@@ -286,6 +289,8 @@ def policies(
     """SLO capacity of every policy on whole traces, by fleet and KV size; simulated, about an hour of one core."""
     from ops.bench import policies_cli
 
+    if plot_to is not None:
+        check_can_plot(plot_to)
     report = policies_cli.run(trace_files, findings_file, options)
     _finish(report, recorded)
     if plot_to is not None:

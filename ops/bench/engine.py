@@ -238,11 +238,9 @@ def _goal(rival: str, level: int) -> Goal | None:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Throughput against concurrency, a line a side, as PNG. Raises BenchError without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise BenchError("the plot needs matplotlib: pip install matplotlib") from error
+    """Throughput against concurrency, a line a side, as PNG."""
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -17,11 +17,9 @@ _MARKERS = "os^vD*PX<>h"
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """A line a policy, a row of panels a trace: first come, first served, and in our order. Raises BenchError."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise BenchError("the plot needs matplotlib: pip install matplotlib") from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     rows = [row for row in rows if row.key.situation == FRESH]
     traces = list(dict.fromkeys(row.key.trace for row in rows))
     figure = Figure(figsize=(12, 3.6 * len(traces)), layout="constrained")

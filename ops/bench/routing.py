@@ -83,7 +83,8 @@ def lacking(side: str) -> str | None:
     if side.startswith("vllm-router") and not RivalVenv.named("vllm-router").installed:
         return "vllm-router is not installed here: python -m ops.bench.rivals install vllm-router"
     if side.startswith("ray:prefix") and find_spec("pyarrow") is None:
-        return "Ray's PrefixCacheAffinityRouter imports pyarrow, which is not installed here: pip install pyarrow"
+        install = f"{sys.executable} -m pip install pyarrow"
+        return f"Ray's PrefixCacheAffinityRouter imports pyarrow, which is not installed here: {install}"
     return None
 
 

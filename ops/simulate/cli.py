@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -12,7 +13,9 @@ import click
 from rich.console import Console
 
 from configs.schema import AdmissionConfig
+from ops.picture import check_can_plot
 from ops.token_count import TokenCount
+from routing.policies import POLICIES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -20,10 +23,15 @@ if TYPE_CHECKING:
     from ops.simulate.capacity import Search
     from ops.simulate.cells import Cell, Finding
     from ops.simulate.fleet import FleetSpec
+    from replicas.engine.order import OrderName
+    from routing.policies import PolicySpec
 
 _AT_LEAST_1 = click.IntRange(min=1)
 _NOT_NEGATIVE = click.FloatRange(min=0)
 _POSITIVE = click.FloatRange(min=0, min_open=True)
+_WIDE = 200
+"""Characters a line where no terminal says how many fit."""
+
 _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
@@ -49,7 +57,7 @@ class TraceOrVerb(click.Group):
         return super().parse_args(ctx, args)
 
 
-@click.group(cls=TraceOrVerb)
+@click.group(cls=TraceOrVerb, short_help="Play a trace with other policies, other fleets.")
 def simulate() -> None:
     """What would a trace look like with another policy, another fleet?
 
@@ -65,14 +73,16 @@ def simulate() -> None:
     """
 
 
-@simulate.command()
+@simulate.command(short_help="Play TRACE, with policies and fleets of choice.")
 @click.argument("path", metavar="TRACE", type=_FILE)
-@click.option("--policy", "policies", multiple=True, default=("warm",), show_default=True, help="Repeatable.")
+@click.option("--policy", "policies", multiple=True, default=("warm",), show_default=True, metavar="NAME",
+              help=f"Repeatable. There are {', '.join(POLICIES)}.")  # fmt: skip
 @click.option("--replicas", multiple=True, default=(8,), type=_AT_LEAST_1, show_default=True, help="Repeatable.")
 @click.option("--kv-tokens", multiple=True, default=("4M",), type=TokenCount(), show_default=True,
               help="KV cache of one replica, such as 512k; repeatable.")  # fmt: skip
-@click.option("--order", "orders", multiple=True, default=("fcfs",), show_default=True,
-              type=click.Choice(["fcfs", "shortest"]), help="Prefill order; repeatable.")  # fmt: skip
+@click.option("--order", "orders", multiple=True, type=click.Choice(["fcfs", "shortest"]),
+              help="Prefill order of all replicas; repeatable. Default: what each policy ships with, shortest for "
+              "warm, fcfs for all others.")  # fmt: skip
 @click.option("--load", "loads", multiple=True, type=_POSITIVE,
               help="1.0 = prefill of the whole fleet, nothing cached. Repeatable. Default: 0.8.")  # fmt: skip
 @click.option("--capacity", is_flag=True, help="Find the largest load with 95 % of first tokens in time.")
@@ -100,12 +110,17 @@ def simulate() -> None:
 @click.option("--seed", default=0, show_default=True, type=int)
 @click.option("--workers", type=_AT_LEAST_1, help="Simulations at once. Default: the cores there are.")
 @click.option("--plot", "plot_to", type=click.Path(path_type=Path, dir_okay=False), help="TTFT CDF and attainment.")
-@click.option("--json", "as_json", is_flag=True, help="Only the JSON line.")
+@click.option("--json", "as_json", is_flag=True, help="Only the JSON line, on a terminal too.")
 def trace(path: Path, as_json: bool, plot_to: Path | None, workers: int | None, **options: Any) -> None:
-    """Simulate TRACE: Mooncake or session JSON lines, Azure CSV, ServeGen tar.gz, or the gateway's own usage log."""
+    """Simulate TRACE: Mooncake or session JSON lines, Azure CSV, ServeGen tar.gz, or the gateway's own usage log.
+
+    Prints a table; where the output is no terminal, a last line with everything as JSON too.
+    """
     from ops.simulate.cells import Crew, find_all, num_cores
     from ops.simulate.report import Report
 
+    if plot_to is not None:
+        check_can_plot(plot_to)
     began = time.monotonic()
     played = _trace(path, options)
     cells = _cells(options, None if options["adapters"] is None else options["adapter_slots"], _search(plot_to))
@@ -113,15 +128,16 @@ def trace(path: Path, as_json: bool, plot_to: Path | None, workers: int | None, 
         findings = find_all(played, cells, Crew(workers or num_cores(), told))
     report = Report(played, cells[0].fleet, findings, time.monotonic() - began)
     if not as_json:
-        Console(width=None if Console().is_terminal else 200).print(report.table())
+        report.show(Console(width=None if sys.stdout.isatty() else _WIDE))
+    if as_json or not sys.stdout.isatty():
+        click.echo(report.json_line())
     if plot_to is not None:
         from ops.simulate.plot import plot
 
         plot(findings, plot_to, path.name)
-    click.echo(report.json_line())
 
 
-@simulate.command()
+@simulate.command(short_help="Measure what a step of a live replica costs.")
 @click.argument("url")
 @click.option("--model", required=True, help="Model id as the server names it.")
 @click.option("--api-key", envvar="WARMGATE_API_KEY", help="Bearer token, where the server wants one.")
@@ -179,15 +195,21 @@ def _cells(options: dict[str, Any], adapter_slots: int | None, search: Search) -
     if options["capacity"] and options["loads"]:
         raise click.UsageError("--capacity finds the load: leave out --load")
     loads: Sequence[float | None] = (None,) if options["capacity"] else options["loads"] or (0.8,)
+    orders: Sequence[OrderName | None] = options["orders"] or (None,)
     return [
         Cell(name, fleet.as_bound(policy), load, search)
         for replicas in options["replicas"]
         for kv_tokens in options["kv_tokens"]
-        for order in options["orders"]
-        for fleet in [_fleet(options, (replicas, kv_tokens, order), adapter_slots or 0)]
+        for order in orders
         for load in loads
         for name, policy in policies.items()
+        for fleet in [_fleet(options, (replicas, kv_tokens, order or _shipped_order(policy)), adapter_slots or 0)]
     ]
+
+
+def _shipped_order(policy: PolicySpec) -> OrderName:
+    """Ours is made for short prompts first; the engines that others' rules come with run first come, first served."""
+    return "shortest" if policy.weighs_seconds else "fcfs"
 
 
 def _search(plot_to: Path | None) -> Search:

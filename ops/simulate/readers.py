@@ -86,9 +86,10 @@ def read_mooncake(path: Path) -> Trace:
         requests.append(TraceRequest(arrival_s, num_prompt, num_output, chain.of(ids)))
     requests.sort(key=_arrival)
     times = unrounded([r.arrival_s for r in requests], Random(0))
-    num_equal = sum(1 for before, after in pairwise(requests) if before.arrival_s == after.arrival_s)
+    is_coarse = any(before.arrival_s == after.arrival_s for before, after in pairwise(requests))
     requests = [replace(r, arrival_s=at_s) for r, at_s in zip(requests, times, strict=True)]
-    return _trace(path, MOONCAKE_BLOCK_TOKENS, requests, (f"{num_equal} equal time stamps spread over their tick",))
+    notes = ("equal time stamps are spread over their tick",) if is_coarse else ()  # no number: of a head it were wrong
+    return _trace(path, MOONCAKE_BLOCK_TOKENS, requests, notes)
 
 
 def _arrival(request: TraceRequest) -> float:

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from ops.simulate.bounds import infinite_cache_hit
 from ops.simulate.cells import Finding
 from ops.simulate.fleet import FleetSpec
 from ops.simulate.trace import Trace
+
+_UNBOUNDED = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,22 +28,22 @@ class Report:
     findings: Sequence[Finding]
     seconds: float
 
-    def table(self) -> Table:
-        """One row per cell; the best capacity (or attainment) of each fleet is marked."""
-        adapters = any(f.summary["adapter_loads"] for f in self.findings)
-        capacities = any(f.capacity is not None for f in self.findings)
-        table = Table(title=self._title(), title_justify="left", caption=self._caption(), caption_justify="left")
-        table.add_column("policy")
-        for name in ("order", "replicas", "KV", *(("capacity",) if capacities else ("load", "in time"))):
-            table.add_column(name, justify="right")
-        for name in ("TTFT p50", "p95", "p99", "longest p99", "hits", "of LRU", "max/mean", "busy"):
-            table.add_column(name, justify="right")
-        if adapters:
-            table.add_column("swaps", justify="right")
-            table.add_column("of LRU", justify="right")
-        for finding in self.findings:
-            table.add_row(*self._row(finding, (capacities, adapters)))
-        return table
+    def show(self, console: Console) -> None:
+        """A row a run, its best capacity (or attainment) in each fleet marked.
+
+        Where that is too wide, turned round: a column a run, in as many tables as it takes. No number is ever cut.
+        """
+        heads = self._heads()
+        rows = [self._row(finding) for finding in self.findings]
+        tables = [_table(heads, rows)]
+        if _width(tables[0]) > console.width:
+            tables = _turned(heads, rows, console.width)
+        words: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
+        console.print(self._title(), style="table.title", **words)
+        for table in tables:
+            console.width = max(console.width, _width(table))
+            console.print(table)
+        console.print(self._caption(), style="table.caption", **words)
 
     def as_json(self) -> dict[str, Any]:
         trace = self.trace
@@ -72,15 +76,30 @@ class Report:
         slo = self.fleet.slo
         words = [
             f"in time: first token within max({slo.floor_s:g} s, {slo.factor:g} x own uncached prefill)",
-            f"capacity: the largest load with {slo.attainment:.0%} in time",
+            *([f"capacity: the largest load with {slo.attainment:.0%} in time"] if self._capacities else []),
             "load 1.0: prefill alone would keep the fleet busy if nothing were cached",
             "of LRU: against one LRU cache as large as all together",
             *self.trace.notes,
         ]
         return "\n".join(words)
 
-    def _row(self, finding: Finding, columns: tuple[bool, bool]) -> list[str]:
-        capacities, adapters = columns
+    @property
+    def _capacities(self) -> bool:
+        return any(f.capacity is not None for f in self.findings)
+
+    @property
+    def _adapters(self) -> bool:
+        return any(f.summary["adapter_loads"] for f in self.findings)
+
+    def _heads(self) -> list[str]:
+        return [
+            *("policy", "order", "replicas", "KV", *(("capacity",) if self._capacities else ("load", "in time"))),
+            *("TTFT p50", "p95", "p99", "longest p99", "hits", "of LRU", "max/mean", "busy"),
+            *(("swaps", "of LRU") if self._adapters else ()),
+        ]
+
+    def _row(self, finding: Finding) -> list[str]:
+        capacities = self._capacities
         fleet, s = finding.cell.fleet, finding.summary
         kv = fleet.replica.kv_tokens
         cells = [finding.cell.policy, fleet.replica.order, str(fleet.num_replicas), f"{kv / 1e6:g} M"]
@@ -92,7 +111,7 @@ class Report:
         cells += [seconds(s[key]) for key in ("ttft_p50_s", "ttft_p95_s", "ttft_p99_s", "ttft_p99_longest_tenth_s")]
         cells += [f"{s['hit_ratio']:.1%}", f"{s['hit_of_pooled_lru']:.3f}"]
         cells += [f"{s['prefill_max_over_mean']:.2f}", f"{s['busy']:.0%}"]
-        if adapters:
+        if self._adapters:
             cells += [f"{s['swap_rate']:.3f}", f"{s.get('swaps_of_pooled_lru', 0.0):.3f}"]
         return cells
 
@@ -106,6 +125,37 @@ class Report:
             if (its.num_replicas, its.replica.kv_tokens, other.cell.load) == mine:
                 values.append(other.capacity or 0.0 if capacities else float(other.summary["attainment"]))
         return values
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table()
+    for index, head in enumerate(heads):
+        table.add_column(head, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _turned(heads: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[Table]:
+    """Tables with a column a run, as many runs in each as fit; at least one."""
+
+    def turned(runs: Sequence[Sequence[str]]) -> Table:
+        first, *others = zip(heads, *runs, strict=True)
+        return _table(first, others)
+
+    groups: list[list[Sequence[str]]] = []
+    for row in rows:
+        if groups and _width(turned([*groups[-1], row])) <= width:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [turned(group) for group in groups]
+
+
+def _width(table: Table) -> int:
+    """Characters that nothing in it is cut in."""
+    console = Console(width=_UNBOUNDED)
+    return Measurement.get(console, console.options, table).maximum
 
 
 def seconds(value: float) -> str:

@@ -228,6 +228,29 @@ async def test_a_bad_field_is_refused_by_its_name(
     assert served.dispatcher.jobs == []
 
 
+@pytest.mark.parametrize(
+    ("request_", "says"),
+    [
+        (
+            said({"role": "usr", "content": "hi"}),
+            "'messages[0].role': invalid enum value 'usr', expected one of assistant, developer, system, tool, user.",
+        ),
+        (chat(tools=[F], tool_choice="perhaps"), "'perhaps', expected one of auto, none, required."),
+        (
+            chat(response_format={"type": "xml"}),
+            "'xml', expected one of json_object, json_schema, structural_tag, text.",
+        ),
+    ],
+)
+async def test_a_word_that_is_none_of_a_few_is_told_which_there_are(
+    request_: tuple[str, dict[str, Any]], says: str
+) -> None:
+    path, body = request_
+    async with serve().client() as client:
+        answer = await client.post(path, json=body)
+    assert answer.json()["error"]["message"].endswith(says)
+
+
 NO_OBJECT: list[tuple[bytes, str]] = [
     (b"", "invalid_json"),
     (b"{", "invalid_json"),

@@ -31,6 +31,11 @@ class Runner:
         return CliRunner().invoke(main, words, prog_name="warmgate")
 
 
+def test_help_says_where_adapters_come_from_and_what_a_group_needs(run: Runner) -> None:
+    said = run("--help").output
+    assert "warmgate train-lora" in said and "engine.max_adapters" in said
+
+
 def test_what_is_added_is_listed_and_what_is_removed_is_not(run: Runner) -> None:
     assert run("list").output == "no adapters were added: see warmgate adapters add --help\n"
     for version in ("1", "2"):

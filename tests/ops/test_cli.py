@@ -49,6 +49,12 @@ def test_every_verb_explains_itself(verb: tuple[str, ...], run: Runner) -> None:
     assert run(*verb, "-h").output == result.output
 
 
+@pytest.mark.parametrize("group", ["", "models", "config", "adapters", "bench", "simulate"])
+def test_lists_of_commands_are_not_cut_in_a_terminal_of_80_columns(group: str, run: Runner) -> None:
+    listed = run(*group.split(), "--help").output.partition("Commands:\n")[2]
+    assert listed and "..." not in listed
+
+
 @pytest.mark.parametrize("verb", ["serve", "chat", "doctor", "explain", "models pull", "config show"])
 def test_help_shows_examples_to_paste(verb: str, run: Runner) -> None:
     assert f"  warmgate {verb}" in run(*verb.split(), "--help").output

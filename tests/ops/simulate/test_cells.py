@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pty
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
 
 from ops.cli import main
 from ops.simulate.binding import Binder, Bound
 from ops.simulate.cells import Cell, Crew, Finding, find, find_all
 from ops.simulate.errors import SimulationError
 from ops.simulate.fleet import FleetSpec
-from ops.simulate.plot import plot
+from ops.simulate.plot import plot, say_plainly
 from ops.simulate.replica import ReplicaSpec
+from ops.simulate.report import Report
+from routing.policies import POLICIES
 from tests.ops.simulate.making import conversations
 from tests.ops.simulate.test_readers import mooncake, write_lines
 
@@ -58,14 +67,57 @@ def test_hits_are_set_against_one_pooled_cache() -> None:
     assert len(finding.cdf_s) == 200 and list(finding.cdf_s) == sorted(finding.cdf_s)
 
 
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ((0.8,), ["0.5", "1"]),
+        ((0.33, 0.5, 1.2), ["0.5", "1"]),
+        ((0.18, 0.9, 2.5), ["0.2", "0.5", "1", "2"]),
+        ((0.0, 12.0), ["0.001", "0.01", "0.1", "1", "10"]),
+    ],
+)
+def test_ticks_of_a_logarithmic_axis_are_plain_numbers_and_at_least_two(
+    values: tuple[float, ...], ticks: list[str]
+) -> None:
+    figure = Figure()
+    FigureCanvasAgg(figure).draw()
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    say_plainly(axes, values)
+    figure.draw_without_rendering()
+    low, high = axes.get_xlim()
+    assert low < min(v or low * 2 for v in values) and max(values) < high
+    seen = [t.get_text() for t in axes.get_xticklabels() if low <= t.get_position()[0] <= high]
+    assert seen == ticks
+    assert not any(t.get_text() for t in axes.get_xticklabels(minor=True))
+
+
 @pytest.mark.parametrize("loads", [(0.4,), (None,)])
 def test_plots_are_drawn_with_one_load_and_with_many(tmp_path: Path, loads: tuple[float | None, ...]) -> None:
-    pytest.importorskip("matplotlib")
     findings = [find(TRACE, Cell(policy, FLEET, loads[0])) for policy in ("warm", "round_robin")]
     plot(findings, tmp_path / "plot.png", "title")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SimulationError, match="nowhere"):
         plot(findings, tmp_path / "nowhere" / "plot.png", "title")
+
+
+def test_a_plot_that_cannot_be_drawn_is_refused_before_anything_is_simulated(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(*_: object) -> None:
+        raise AssertionError("simulated in vain")
+
+    monkeypatch.setattr("ops.simulate.cells.find_all", nothing)
+
+    def refused(name: str) -> str:
+        done = CliRunner().invoke(main, ["simulate", str(path), "--plot", str(path.parent / name)])
+        assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        return done.stderr
+
+    assert "a plot's name ends in one of" in refused("plot.txt")
+    assert "trace.jsonl" in refused("trace.jsonl/plot.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    assert refused("plot.png") == f"error: a plot needs matplotlib: {sys.executable} -m pip install matplotlib\n"
 
 
 @pytest.fixture
@@ -99,6 +151,64 @@ def test_every_combination_is_a_cell_and_json_alone_is_one_line(path: Path) -> N
     ]  # fmt: skip
 
 
+def test_each_policy_runs_in_the_order_it_ships_with_unless_one_is_given(path: Path) -> None:
+    policies = (path, "--policy", "warm", "--policy", "chwbl", "--json")
+    _, found = simulated(*policies)
+    assert [(c["policy"], c["order"]) for c in found["cells"]] == [("warm", "shortest"), ("chwbl", "fcfs")]
+    _, found = simulated(*policies, "--order", "fcfs")
+    assert [c["order"] for c in found["cells"]] == ["fcfs", "fcfs"]
+
+
+def shown(width: int, *policies: str, load: float | None = 0.4) -> str:
+    findings = [find(TRACE, Cell(policy, FLEET, load)) for policy in policies]
+    out = io.StringIO()
+    Report(TRACE, FLEET, findings, 1.0).show(Console(file=out, width=width))
+    return out.getvalue()
+
+
+def test_a_table_that_is_too_wide_is_turned_round_and_then_split_but_never_cut() -> None:
+    policies = ("warm", "round_robin", "prefix_affinity_balanced")
+    upright, turned, split = (shown(width, *policies).splitlines() for width in (200, 80, 50))
+    assert [line.split()[1] for line in upright if line.startswith("│")] == list(policies)
+    (heads,) = [line.split() for line in turned if "policy" in line]
+    assert [head for head in heads if head != "┃"] == ["policy", *policies]
+    assert sum("policy" in line for line in split) == 2, "two runs fit, the third stands below"
+    figures = {word for line in upright if line.startswith("│") for word in line.split() if word[0].isdigit()}
+    for lines in (turned, split):
+        assert figures <= set(" ".join(lines).split())
+        assert max(len(line) for line in lines if line[0] in "┏│") <= (80 if lines is turned else 50)
+    assert not any("…" in line for line in (*upright, *turned, *split))
+    assert "prefix_affinity_balanced" in shown(20, *policies), "lines longer than the terminal, but whole"
+
+
+def test_the_legend_explains_capacity_where_it_is_shown() -> None:
+    assert "capacity:" not in shown(200, "warm")
+    assert "capacity: the largest load" in shown(200, "warm", load=None)
+
+
+def test_on_a_terminal_json_is_printed_only_when_asked_for(path: Path) -> None:
+    def printed(*more: str) -> str:
+        ours, theirs = pty.openpty()
+        command = [sys.executable, "-m", "ops.cli", "simulate", str(path), "--workers", "1", *more]
+        with subprocess.Popen(command, stdout=theirs, stderr=subprocess.DEVNULL):
+            os.close(theirs)
+            chunks = []
+            while chunk := _read(ours):
+                chunks.append(chunk)
+        os.close(ours)
+        return b"".join(chunks).decode()
+
+    assert "policy" in printed() and '{"simulation"' not in printed()
+    assert printed("--json").startswith('{"simulation"')
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65536)
+    except OSError:  # what Linux says when the other side is closed
+        return b""
+
+
 def test_two_runs_print_the_same_but_for_the_seconds_they_took(path: Path) -> None:
     args = (path, "--policy", "random", "--policy", "power_of_two", "--json", "--seed", 7)
     (_, first), (_, second) = simulated(*args), simulated(*args)
@@ -129,6 +239,7 @@ def test_options_reach_the_fleet(path: Path) -> None:
     [
         (["--policy", "best"], 1, "error: no policy 'best'"),
         (["--capacity", "--load", "1"], 2, "leave out --load"),
+        (["--order", "priority"], 2, "Invalid value for '--order'"),
         (["--load", "0"], 2, "Invalid value for '--load'"),
         (["--format", "azure"], 1, "error: "),
     ],
@@ -141,5 +252,6 @@ def test_wrong_options_are_one_line(path: Path, args: list[str], code: int, says
 def test_help_is_that_of_the_group_and_of_its_verbs() -> None:
     runner = CliRunner()
     assert "calibrate" in runner.invoke(main, ["simulate", "--help"]).output
-    assert "--kv-tokens" in runner.invoke(main, ["simulate", "trace", "--help"]).output
+    of_trace = runner.invoke(main, ["simulate", "trace", "--help"]).output
+    assert "--kv-tokens" in of_trace and all(name in of_trace for name in POLICIES)
     assert "  simulate" in runner.invoke(main, ["--help"]).output

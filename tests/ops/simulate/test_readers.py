@@ -47,7 +47,7 @@ def test_equal_time_stamps_are_spread_to_the_next_one(tmp_path: Path) -> None:
     times = [r.arrival_s for r in trace.requests]
     assert times == sorted(times) and len(set(times)) == 6
     assert all(0 <= t < 3 for t in times[:3]) and all(3 <= t < 6 for t in times[3:5]) and times[5] == 6
-    assert trace.notes == ("3 equal time stamps spread over their tick",)
+    assert trace.notes == ("equal time stamps are spread over their tick",)
 
 
 def session(*requests: dict[str, Any], block_size: int = 64) -> dict[str, Any]:
