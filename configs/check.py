@@ -80,7 +80,8 @@ def _adapter_folder(adapter: AdapterConfig) -> Path:
     return folder
 
 
-def _num_slots(engine: EngineConfig) -> int:
+def num_slots(engine: EngineConfig) -> int:
+    """LoRA adapters that a replica can have resident."""
     return engine.sim.max_adapters if engine.kind == "sim" else engine.max_adapters
 
 
@@ -179,7 +180,7 @@ def _adapters(config: Config) -> Iterator[Problem]:
     yield from _repeated(versions, "adapter version")
     ids = {model.id for model in config.models}
     tenants = {tenant.id for tenant in config.tenants}
-    slots = {group.model for group in config.groups if _num_slots(group.engine)}
+    slots = {group.model for group in config.groups if num_slots(group.engine)}
     for i, adapter in enumerate(config.adapters):
         named = config.model_named(adapter.name)
         if named is not None:

@@ -219,7 +219,7 @@ class JobStream:
                 except LinkLostError:  # it had not begun: this was no attempt
                     request = _excluding(request, decision.replica_id)
                     continue
-            _check_able(request, decision)
+            _check_able(request, decision, dispatcher.fleet)
             left_s = give_up_at - dispatcher.around.clock()
             if failure is not None and failure.reason in _NOT_LATER:
                 raise failure.error
@@ -312,16 +312,16 @@ def _excluding(request: RouteRequest, replica_id: str) -> RouteRequest:
     return msgspec.structs.replace(request, excluded=request.excluded | {replica_id})
 
 
-def _check_able(request: RouteRequest, decision: Decision) -> None:
-    """Raises when no replica there is can ever take the request: ContextLengthError, AdapterNotLoadableError."""
+def _check_able(request: RouteRequest, decision: Decision, fleet: Fleet) -> None:
+    """Raises when no replica can ever take the request: ContextLengthError, AdapterNotLoadableError."""
     reasons = {candidate.filtered for candidate in decision.candidates}
     if reasons == {TOO_LONG}:
         raise ContextLengthError(
             f"The prompt has {request.num_prompt_tokens} tokens; no replica of model '{request.model}' takes that many."
         )
-    if reasons == {NO_ADAPTERS}:
+    if reasons == {NO_ADAPTERS} and not fleet.takes_adapters(request.model):  # else one that does may come
         raise AdapterNotLoadableError(
             f"'{request.adapter}' is a LoRA adapter, and no replica of model '{request.model}' takes any: "
-            "its groups have engine.max_adapters 0.",
+            "max_adapters is 0 in all of its groups.",
             param="model",
         )

@@ -12,6 +12,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
 
+from configs.check import num_slots
 from configs.schema import Config
 from gateway.able import least_able
 from gateway.listeners import Listeners
@@ -75,6 +76,10 @@ class Fleet:
     def states(self, model_id: str) -> tuple[ReplicaState, ...]:
         """Every replica of the model that is connected."""
         return tuple([state for slot in self._of(model_id) if (state := slot.state()) is not None])
+
+    def takes_adapters(self, model_id: str) -> bool:
+        """Whether any group of the model has slots for LoRA adapters, be its replicas here or not."""
+        return any(group.model == model_id and num_slots(group.engine) for group in self._config.groups)
 
     def is_ready(self, replica_id: str) -> bool:
         """Whether this replica can take requests."""

@@ -1,8 +1,8 @@
 """What the learnt rates of an idle replica are worth: ever less, beside those of its group.
 
 Only work corrects a rate. One that was measured while the replica warmed up, or while others had its CPU, would keep
-work away from it, and so would stay. Replicas of a group are alike, so an idle one's rates move towards those of the
-others that work; the next prompt it gets says what is true.
+work away from it, and so would stay. Replicas of a group are alike, so the rates of one that has nothing to do move
+towards those of the others that work, until it has learnt something new. One at work is taken at its word.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def relax(slots: Iterable[tuple[str, Slot]]) -> None:
         if slot.link is not None:
             groups.setdefault((slot.model_id, group), []).append(slot)
     for alike in groups.values():
-        working = [slot.link.stats for slot in alike if slot.link is not None and slot.idle_s < HALF_LIFE_S]
+        working = [slot.link.stats for slot in alike if slot.link is not None and slot.idle_s < RELAX_EVERY_S]
         prefill, step = [s.prefill_tokens_per_s for s in working], [s.step_time_s for s in working]
         for slot in alike:
-            if working and slot.link is not None and slot.idle_s >= HALF_LIFE_S:
+            if working and slot.link is not None and slot.idle_s >= RELAX_EVERY_S:
                 own = slot.link.stats
                 slot.believe(
                     relaxed(own.prefill_tokens_per_s, prefill, slot.idle_s),

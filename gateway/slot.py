@@ -9,6 +9,7 @@ from random import Random
 from typing import Protocol
 
 from gateway.asked import AskedAdapters
+from gateway.breaker import Breaker
 from ops.metrics import Metrics
 from replicas.channel import LinkLostError
 from replicas.contract import EngineFacts, EngineStats, GenerateRequest, StepDelta
@@ -21,9 +22,8 @@ MIN_SENT_S = 0.01
 """Where a replica does not say itself, a request is in its pushed state after this many pushes and seconds: the first
 one may have crossed it on the wire, and several may have lain in the socket."""
 
-MAX_FAILURES = 3
-BREAKER_S = 2.0
-MAX_BREAKER_S = 30.0
+STEPS_TO_LEARN = 12
+"""A replica's rates are means that decay by a tenth a step: after so many they are mostly new."""
 
 
 class DeltaSource(Protocol):
@@ -99,34 +99,6 @@ class Surroundings:
     metrics: Metrics
 
 
-class Breaker:
-    """closed ─ MAX_FAILURES in a row ─► open ─ time ─► closed, but one more failure opens it again, for longer."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._num_failures = 0
-        self._open_s = BREAKER_S
-        self._until = 0.0
-
-    @property
-    def is_open(self) -> bool:
-        return self._clock() < self._until
-
-    def failed(self) -> float | None:
-        """Counts a failure; returns for how many seconds it is open now, if this one opened it."""
-        self._num_failures += 1
-        if self._num_failures < MAX_FAILURES or self.is_open:
-            return None
-        open_s = self._open_s
-        self._until = self._clock() + open_s
-        self._open_s = min(2 * open_s, MAX_BREAKER_S)
-        return open_s
-
-    def succeeded(self) -> None:
-        self._num_failures = 0
-        self._open_s = BREAKER_S
-
-
 class Sent:
     """A request on its way: counted beside the pushed state until that must contain it.
 
@@ -141,6 +113,15 @@ class Sent:
         self.at = at
         self.number: int | None = None
         self.counts = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Belief:
+    """Rates to go by instead of those that the replica tells, which had made so many steps then."""
+
+    prefill_tokens_per_s: float
+    step_time_s: float
+    num_steps: int
 
 
 class Slot:
@@ -160,20 +141,25 @@ class Slot:
         self._num_sent = 0
         self._num_sent_tokens = 0
         self._asked = AskedAdapters(clock)
-        self._rates: tuple[float, float] | None = None
-        self._num_prompt_tokens = -1
-        self._worked_at = clock()
+        self._believed: _Belief | None = None
+        self._busy_at = clock()
         self._state: ReplicaState | None = None
 
     @property
     def idle_s(self) -> float:
-        """Since it last told of prompt tokens computed."""
-        return self._clock() - self._worked_at
+        """How long it has had nothing to do."""
+        return 0.0 if self._has_work else self._clock() - self._busy_at
 
     def believe(self, prefill_tokens_per_s: float, step_time_s: float) -> None:
-        """Routing is to go by these rates until the replica computes a prompt again."""
-        self._rates = (prefill_tokens_per_s, step_time_s)
-        self.changed()
+        """Routing is to go by these rates until the replica has learnt enough that is new."""
+        if self.link is not None:
+            self._believed = _Belief(prefill_tokens_per_s, step_time_s, self.link.stats.num_steps)
+            self.changed()
+
+    @property
+    def _has_work(self) -> bool:
+        stats = None if self.link is None else self.link.stats
+        return stats is not None and bool(stats.num_running or stats.num_waiting or self._num_sent)
 
     @property
     def ready(self) -> bool:
@@ -203,7 +189,7 @@ class Slot:
         self.changed()
 
     def disconnected(self) -> None:
-        self.link = None
+        self.link, self._believed = None, None
         self.changed()
 
     def changed(self) -> None:
@@ -218,9 +204,10 @@ class Slot:
             self.arrived(self._sent.popleft())
         if self.link is not None:
             self._asked.heard(self.link.stats, self._num_pushes)
-            if self.link.stats.num_prompt_tokens != self._num_prompt_tokens:
-                self._num_prompt_tokens = self.link.stats.num_prompt_tokens
-                self._worked_at, self._rates = self._clock(), None
+            if self._has_work:
+                self._busy_at = self._clock()
+            if self._believed is not None and self.link.stats.num_steps >= self._believed.num_steps + STEPS_TO_LEARN:
+                self._believed = None
         self.changed()
 
     def prefetch(self, adapter_id: str) -> None:
@@ -278,7 +265,7 @@ class Slot:
         return pending_of(merged(stats.waiting_sizes, sent))
 
     def _make_state(self, facts: EngineFacts, stats: EngineStats) -> ReplicaState:
-        prefill_tokens_per_s, step_time_s = self._rates or (stats.prefill_tokens_per_s, stats.step_time_s)
+        rates = self._believed or stats
         return ReplicaState(
             replica_id=self.replica_id,
             model=self.model_id,
@@ -290,8 +277,8 @@ class Slot:
             num_free_blocks=stats.num_free_blocks,
             num_blocks=stats.num_blocks,
             block_size=facts.block_size,
-            prefill_tokens_per_s=prefill_tokens_per_s,
-            step_time_s=step_time_s,
+            prefill_tokens_per_s=rates.prefill_tokens_per_s,
+            step_time_s=rates.step_time_s,
             adapters=self._asked.resident(stats),
             max_adapters=facts.max_adapters,
             loading=self._asked.loading(stats),

@@ -171,5 +171,5 @@ def _check_here(instance: Instance, base_model: str, path: str) -> None:
     name = instance.instance
     if base_model not in instance.models:
         raise AdapterError(f"{name} serves no model {base_model!r}; it serves {', '.join(instance.models)}")
-    if path and not Path(path).is_dir():
+    if path and base_model in instance.local_models and not Path(path).is_dir():
         raise AdapterError(f"there is no folder {Path(path).absolute()}, and the replicas of {name} run here")

@@ -66,7 +66,9 @@ def fetch(url: str, key: str | None, request_id: str) -> bytes:
         with httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_S, trust_env=False) as http:
             answer = http.get(path)
     except httpx.ConnectError as error:
-        raise ExplainError(f"no gateway at {url}; start one with: warmgate serve") from error
+        refused = "refused" in str(error)
+        advice = "; start one with: warmgate serve" if refused else f": {error}"
+        raise ExplainError(f"no gateway at {url}{advice}") from error
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise ExplainError(f"no gateway at {url}: {error or type(error).__name__}") from error
     if answer.status_code != 200:

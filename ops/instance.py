@@ -13,7 +13,8 @@ RECORD = "instance.json"
 
 class Instance(msgspec.Struct, frozen=True, kw_only=True):
     """One `warmgate serve`. `started`: the supervisor's creation time as the OS tells it, so that a reused pid does
-    not count; `ready`: whether it answers yet. `redis_url` may hold a password: the record is for its owner's eyes."""
+    not count; `ready`: whether it answers yet. `local_models`: those whose replicas run on this machine and read files.
+    `redis_url` may hold a password: the record is for its owner's eyes."""
 
     pid: int
     started: float
@@ -25,6 +26,7 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     ready: bool = False
     cluster: str = ""
     redis_url: str = ""
+    local_models: tuple[str, ...] = ()
 
     @property
     def alive(self) -> bool:

@@ -53,9 +53,9 @@ class ModelShape:
     @classmethod
     def read(cls, folder: Path) -> ModelShape:
         """Raises ConfigError when config.json lacks what is needed."""
-        config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
-        text = config.get("text_config", config)
         try:
+            config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
+            text = config.get("text_config", config)
             heads = text["num_attention_heads"]
             return cls(
                 num_layers=text["num_hidden_layers"],
@@ -69,6 +69,8 @@ class ModelShape:
             )
         except KeyError as error:
             raise ConfigError(f"{folder / 'config.json'} has no {error}") from error
+        except (OSError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+            raise ConfigError(f"{folder / 'config.json'} is no model's: {error}") from error
 
     def weights_in(self, dtype: str, quantization: str | None = None) -> int:
         """Bytes of the weights held as `dtype` (`auto` = as they lie), or rounded; quantised ones stay as they lie."""
@@ -141,7 +143,7 @@ def main_memory(config: Config, home: Path) -> dict[int, int]:
     for i, group in enumerate(config.groups):
         model = config.model_named(group.model)
         assert model is not None, f"{group.model=} passed the checks"
-        if not group.resources.num_gpus:
+        if not (group.resources.num_gpus or group.engine.device.startswith("cuda")):
             with suppress(ConfigError):
                 found[i] = group.replicas * group_memory(group, model, home).replica_bytes
     return found

@@ -207,6 +207,7 @@ class Supervisor:
             ready=ready,
             cluster=self.config.cluster,
             redis_url=self.runtime.redis_url,
+            local_models=_local_models(self.config),
         ).write()
 
     def _tidy(self, plan: RayPlan, *, keep_logs: bool) -> None:
@@ -215,6 +216,13 @@ class Supervisor:
             return
         shutil.rmtree(plan.folder, ignore_errors=True)
         shutil.rmtree(self.runtime.run_dir, ignore_errors=True)
+
+
+def _local_models(config: Config) -> tuple[str, ...]:
+    if config.ray.address != "local":
+        return ()
+    read = {group.model for group in config.groups if group.engine.kind == "native"}
+    return tuple(model.id for model in config.models if model.id in read)
 
 
 @contextlib.contextmanager

@@ -125,7 +125,7 @@ def lora(model: str, repeats: int, quick: bool, recorded: bool, **set_to: Any) -
     _finish(_measure(lambda notice: module.run(workload, _plan(repeats, quick), notice)), recorded)
 
 
-@bench.command(short_help="What grammars cost.")
+@bench.command(short_help="Answers beside a long prompt.")
 @_model
 @_repeats
 @_quick
@@ -137,12 +137,12 @@ def stall(model: str, repeats: int, quick: bool, recorded: bool, limit_ms: float
 
     size = module.Size(limit_s=limit_ms / 1000)
     if quick:
-        size = module.Size(num_talkers=2, answer_tokens=8, num_alone=4, prompt_tokens=200, limit_s=limit_ms / 1000)
+        size = module.Size(num_talkers=2, answer_tokens=3, num_alone=2, prompt_tokens=2500, limit_s=limit_ms / 1000)
     folder = _model_dir(model)
     _finish(_measure(lambda notice: module.run(folder, size, _plan(repeats, quick), notice)), recorded)
 
 
-@bench.command()
+@bench.command(short_help="What grammars cost.")
 @_model
 @_repeats
 @_quick

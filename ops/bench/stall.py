@@ -34,12 +34,13 @@ GOALS = {GAPS: Goal.at_most(2.0), TPOTS: Goal.at_most(2.0)}
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """`limit_s`: of the side with a limit (`engine.max_prefill_stall_s`). `answer_tokens`: of each talker."""
+    """`limit_s`: of the side with a limit (`engine.max_prefill_stall_s`). `answer_tokens`: of each
+    talker, few enough that whole answers fit beside the prompt; `num_alone`: gaps of each before it comes."""
 
     num_talkers: int = 4
     talker_tokens: int = 24
-    answer_tokens: int = 48
-    num_alone: int = 24
+    answer_tokens: int = 12
+    num_alone: int = 10
     prompt_tokens: int = 8_000
     limit_s: float = 0.03
 
@@ -88,9 +89,8 @@ class _Talk:
         size = self._size
         for _ in range(size.num_talkers):
             self._ask()
-        while min(map(len, self._times.values())) < size.num_alone:
+        while len(alone := self._gaps_since(0.0)) < size.num_talkers * size.num_alone:
             self._step()
-        alone = self._gaps_since(0.0)
         self._over.clear()
         began = time.perf_counter()
         self._core.add(self._request("reader", size.prompt_tokens, 1))
@@ -100,7 +100,11 @@ class _Talk:
         took_s = time.perf_counter() - began
         gaps = self._gaps_since(began)
         within = [times for times in self._over if times[0] >= began and len(times) > 1]
-        tpots = [(times[-1] - times[0]) / (len(times) - 1) for times in within] or [statistics.mean(gaps)]
+        tpots = [(times[-1] - times[0]) / (len(times) - 1) for times in within]
+        if not tpots:
+            raise BenchError(
+                f"no answer of {size.answer_tokens} tokens began and ended beside {size.prompt_tokens} tokens"
+            )
         for request_id in self._times:
             self._core.abort(request_id)
         while self._core.has_work:
@@ -111,6 +115,7 @@ class _Talk:
             "gap ms p50": 1e3 * gap.p50,
             "gap ms p99": 1e3 * gap.p99,
             GAPS: gap.p99 / gap.p50,
+            "gap p99 over alone p50": gap.p99 / statistics.median(alone),
             "TPOT ms p50": 1e3 * tpot.p50,
             "TPOT ms p99": 1e3 * tpot.p99,
             TPOTS: tpot.p99 / tpot.p50,

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from configs.schema import (
@@ -207,13 +208,22 @@ async def test_a_replica_without_slots_is_never_asked_for_an_adapter(stack: Stac
         assert answer.status_code == 200 and answer.headers["x-warmgate-replica"] == able.replica_id
 
 
-async def test_a_fleet_without_any_slot_says_so_at_once(stack: Stack) -> None:
+async def test_a_model_whose_groups_take_no_adapters_says_so_at_once(valkey: Valkey) -> None:
+    without = GroupConfig(name="g", model="m", engine=engine(max_adapters=0))
+    async with running(msgspec.structs.replace(profile(valkey.path.parent), groups=(without,)), valkey) as stack:
+        await stack.host("m", engine(max_adapters=0))
+        async with asyncio.timeout(2.0):
+            answer = await complete(stack, "lora-1", "x")
+    error = answer["error"]
+    assert (answer["status"], error["code"], error["param"]) == (400, "adapter_not_loadable", "model")
+    assert "no replica of model 'm' takes any" in error["message"]
+
+
+async def test_while_replicas_with_slots_are_away_a_request_waits_for_one(stack: Stack) -> None:
     await stack.host("m", engine(max_adapters=0))
-    async with asyncio.timeout(2.0):
-        answer = await complete(stack, "lora-1", "x")
-    assert (answer["status"], answer["error"]["code"], answer["error"]["param"]) == (
-        400,
-        "adapter_not_loadable",
-        "model",
-    )
-    assert "no replica of model 'm' takes any" in answer["error"]["message"]
+    waiting = asyncio.create_task(complete(stack, "lora-1", "x"))
+    await asyncio.sleep(0.3)
+    assert not waiting.done()
+    await stack.host("m", engine())
+    async with asyncio.timeout(5.0):
+        assert (await waiting)["choices"][0]["text"] == expected("x", 6, "lora-1@1")

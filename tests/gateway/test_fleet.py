@@ -7,7 +7,8 @@ import asyncio
 import msgspec
 import pytest
 
-from gateway.slot import BREAKER_S, MAX_FAILURES, MIN_SENT_S
+from gateway.breaker import BREAKER_S, MAX_FAILURES
+from gateway.slot import MIN_SENT_S
 from replicas.channel import LinkLostError
 from replicas.contract import GenerateRequest, SamplingParams
 from tests.gateway.links import FACTS, World, member, settle

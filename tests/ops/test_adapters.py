@@ -95,7 +95,7 @@ def test_what_replicas_on_this_machine_could_never_load_is_refused(
 ) -> None:
     here = Instance(
         pid=1, started=0.0, instance="quickstart-8000", url="http://127.0.0.1:8000", models=("smollm2-135m",),
-        run_dir=str(tmp_path), logs="", redis_url=valkey.url, cluster="c",
+        run_dir=str(tmp_path), logs="", redis_url=valkey.url, cluster="c", local_models=("smollm2-135m",),
     )  # fmt: skip
     monkeypatch.setattr("ops.adapters.find_instances", lambda folder: [here])
     folder = checkpoint(tmp_path / "x")

@@ -15,6 +15,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
+from configs.errors import ConfigError
 from configs.load import load_profile, setting
 from configs.schema import Config, EngineConfig, GroupConfig, ModelConfig, TenantConfig
 from ops import checks
@@ -183,6 +184,13 @@ def test_memory_arithmetic_follows_the_profiles_dtype(tmp_path: Path) -> None:
     assert (shape.weights_in("float32", "int8"), shape.weights_in("float32", "nf4")) == (262, 162)
     assert shape.kv_bytes_per_token("float32", "int8") == 2 * 30 * 3 * (64 + 2)
     assert shape.kv_bytes_per_token("float32", "fp8") == 2 * 30 * 3 * 64
+
+
+@pytest.mark.parametrize("words", ["{", "[]", '{"num_attention_heads": 0, "num_hidden_layers": 1, "hidden_size": 1}'])
+def test_a_broken_config_is_an_error_of_the_profile(tmp_path: Path, words: str) -> None:
+    (tmp_path / "config.json").write_text(words)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        ModelShape.read(tmp_path)
 
 
 def test_quantised_files_are_held_as_they_lie(tmp_path: Path) -> None:

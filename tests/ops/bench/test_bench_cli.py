@@ -250,10 +250,8 @@ def test_quick_engine_run_gives_figures_at_each_level_and_a_picture(marked: dict
 def test_quick_stall_run_cuts_the_prompt_where_there_is_a_limit(marked: dict[str, str]) -> None:
     found = measured(marked, "stall", "--quick", "--limit-ms", "20")
     limited, unlimited = found["sides"]["limit 20 ms"], found["sides"]["no limit"]
-    assert unlimited["tokens a chunk"]["median"] == 200 > 2 * limited["tokens a chunk"]["median"]
+    assert unlimited["tokens a chunk"]["median"] > 300 > limited["tokens a chunk"]["median"]
     assert limited["gap ms p50"]["median"] < unlimited["gap ms p50"]["median"]
-    # One step computes all of it, and both answers wait for it.
-    assert unlimited["gap ms p50"]["median"] == pytest.approx(unlimited["gap ms p99"]["median"], rel=0.01)
     assert [ratio["metric"] for ratio in found["ratios"] if "goal" in ratio] == [
         "gap p99 over p50",
         "TPOT p99 over p50",
