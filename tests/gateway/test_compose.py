@@ -126,7 +126,7 @@ async def stack(valkey: Valkey) -> AsyncIterator[Stack]:
         models=(ModelConfig(id="m", source="sim:bytes", default_max_tokens=64),),
         groups=(GroupConfig(name="g", model="m"),),
         tenants=(TenantConfig(id="local", anonymous=True),),
-        channel=ChannelConfig(heartbeat_s=0.2, dead_after_s=0.6),
+        channel=ChannelConfig(heartbeat_s=0.2, dead_after_s=1.0),
         admission=AdmissionConfig(max_ahead_per_replica=4),
     )
     async with running(config, valkey) as stack:
@@ -141,7 +141,7 @@ async def two_models(valkey: Valkey) -> AsyncIterator[Stack]:
         models=tuple(ModelConfig(id=name, source="sim:bytes", aliases=(f"org/{name}",)) for name in "mn"),
         groups=tuple(GroupConfig(name=f"group-{name}", model=name) for name in "mn"),
         tenants=(TenantConfig(id="local", anonymous=True),),
-        channel=ChannelConfig(heartbeat_s=0.2, dead_after_s=0.6),
+        channel=ChannelConfig(heartbeat_s=0.2, dead_after_s=1.0),
         admission=AdmissionConfig(max_ahead_per_replica=1),
     )
     async with running(config, valkey) as stack:
@@ -272,7 +272,7 @@ async def test_a_replica_that_freezes_is_as_good_as_dead(stack: Stack) -> None:
             if len(seen) == 5:
                 stack.processes[stack.busiest].send_signal(signal.SIGSTOP)
                 frozen_at = time.monotonic()
-    assert time.monotonic() - frozen_at < 2.0
+    assert time.monotonic() - frozen_at < 3.0
     assert seen[-1]["error"]["code"] == "replica_lost"
     assert await text_of(stack, max_tokens=3)
 

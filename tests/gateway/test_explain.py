@@ -27,7 +27,7 @@ CONFIG = Config(
     adapters=(AdapterConfig(name="tuned", base_model="m"),),
     groups=(GroupConfig(name="g", model="m"),),
     tenants=(Who(id="a", keys=("sk-a",)), Who(id="b", keys=("sk-b",))),
-    channel=ChannelConfig(heartbeat_s=0.2, dead_after_s=0.6),
+    channel=ChannelConfig(heartbeat_s=0.2, dead_after_s=2.0),
 )
 ENGINE = EngineConfig(kind="sim", max_num_seqs=8, sim=SimConfig(step_base_s=0.002, max_adapters=2, adapter_load_s=0.01))
 DECISIONS = "/v1/routing/decisions/"

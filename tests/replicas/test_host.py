@@ -47,7 +47,7 @@ CONFIG = Config(
     groups=(GROUP,),
     tenants=(TenantConfig(id="local", anonymous=True),),
     cluster="hosts",
-    channel=ChannelConfig(heartbeat_s=0.05, dead_after_s=0.3),
+    channel=ChannelConfig(heartbeat_s=0.2, dead_after_s=2.0),  # a starved machine must not look dead
 )
 
 
