@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 GROUP_SIZES = (128, 64, 32)
 
+SMALL_HIDDEN_SIZE = 1024
+"""Below it a model loses much by 4 bits, and a scale more costs little: small groups."""
+
 
 class QuantizeError(OperationError):
     """The model could not be quantised. One line."""
@@ -30,7 +33,7 @@ class QuantizeError(OperationError):
 @click.option(
     "--group-size",
     type=click.Choice(["128", "64", "32", "-1"]),
-    help="Columns that share a scale (gptq, awq) [default: the largest that divides every matrix].",
+    help="Columns that share a scale (gptq, awq) [default: the largest that fits, of small models the smallest].",
 )
 @click.option("--act-order", is_flag=True, help="gptq: important columns first (desc_act).")
 @click.option("--double-quant", is_flag=True, help="nf4: scales in 8 bits too.")
@@ -120,7 +123,7 @@ def _fitting_group(source: Path) -> int:
 
     spec = read_spec(source)
     widths = (spec.hidden_size, spec.num_heads * spec.head_dim, spec.intermediate_size)
-    for size in GROUP_SIZES:
+    for size in GROUP_SIZES if spec.hidden_size >= SMALL_HIDDEN_SIZE else reversed(GROUP_SIZES):
         if all(width % size == 0 for width in widths):
             return size
     raise QuantizeError(f"no group size of {GROUP_SIZES} divides matrices of {widths} columns")

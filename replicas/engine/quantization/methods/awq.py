@@ -1,7 +1,7 @@
 """AWQ (Lin et al. 2023): columns that meet large activations are scaled up before rounding, so that they lose less.
 
-s = mean|x|^a, a the best of twenty by |W X - Q(W s) X / s|²; then the range of each group is clipped, by the same loss.
-Both losses need no more of X than Σ x xᵀ.
+s = mean|x|^a, a the best of twenty by |W X - Q(W s) X / s|², which needs no more of X than Σ x xᵀ. The paper then clips
+each group's range and rounds; here columns are rounded as GPTQ does, which loses less.
 """
 
 from __future__ import annotations
@@ -9,14 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from replicas.engine.quantization.matrix import Quantised
 from replicas.engine.quantization.methods.scaling import PAIRS, Pair, apply, safe, shared
 from replicas.engine.quantization.methods.statistics import Statistics
-from replicas.engine.quantization.methods.textbook import QKV, Layer
-from replicas.engine.quantization.rounding import group_width, grouped, to_int4
+from replicas.engine.quantization.methods.textbook import Layer
+from replicas.engine.quantization.rounding import to_int4
 
 _NUM_STRENGTHS = 20
-_NUM_CLIPS = 10
 
 
 def scale_layer(layer: Layer, statistics: Statistics, group: int) -> None:
@@ -27,34 +25,6 @@ def scale_layer(layer: Layer, statistics: Statistics, group: int) -> None:
         candidates = [_normed(magnitude ** (i / _NUM_STRENGTHS)) for i in range(_NUM_STRENGTHS)]
         losses = [_loss(layer, pair, inputs.products, scale, group) for scale in candidates]
         apply(layer, pair, candidates[int(torch.stack(losses).argmin())])
-
-
-def clipped(layer: Layer, module: str, products: Tensor, group: int) -> Tensor:
-    """A module's weight with each group's range cut where that loses least. products: Σ x xᵀ of its input now.
-
-    q and k are left alone, as in the paper: attention is too sensitive to them.
-    """
-    weight = layer.weight(module)
-    group = group_width(group, weight.shape[1])
-    if module in QKV[:2] or weight.shape[1] % group:
-        return weight
-    groups = grouped(weight, group)  # [rows, groups, group]
-    inner = torch.stack([products[i : i + group, i : i + group] for i in range(0, len(products), group)])
-    most = groups.abs().amax(dim=2, keepdim=True)
-    best, found = torch.full(most.shape[:2], float("inf")), groups
-    for i in range(_NUM_CLIPS):
-        bound = most * (1 - 0.5 * i / _NUM_CLIPS)
-        candidate = groups.clamp(-bound, bound)
-        error = to_int4(candidate.flatten(1), group).dequantised().view_as(groups) - groups
-        loss = (torch.einsum("rgi,gij->rgj", error, inner) * error).sum(dim=2)
-        better = loss < best
-        best, found = torch.where(better, loss, best), torch.where(better.unsqueeze(2), candidate, found)
-    return found.flatten(1)
-
-
-def quantise(weight: Tensor, group: int) -> Quantised:
-    """[rows, columns] → 4 bits with zero points."""
-    return to_int4(weight, group)
 
 
 def _normed(scale: Tensor) -> Tensor:

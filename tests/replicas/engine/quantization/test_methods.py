@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from replicas.contract import EngineError
 from replicas.engine.families import read_spec
+from replicas.engine.kernels.library import Kind, Offset
 from replicas.engine.quantization import rounding
-from replicas.engine.quantization.methods import awq, gptq, recipes, smooth, writing
+from replicas.engine.quantization.matrix import Quantised
+from replicas.engine.quantization.methods import awq, gptq, recipes, refine, smooth, writing
 from replicas.engine.quantization.methods.gptq import GptqSettings
 from replicas.engine.quantization.methods.statistics import Statistics
 from replicas.engine.quantization.methods.textbook import DOWN, MODULES, QKV, Layer, Samples
@@ -120,6 +122,34 @@ def test_gptq_loses_less_than_rounding(by_importance: bool, group: int, layer: L
         assert loss(weight, found.dequantised(), products) < 0.8 * loss(weight, plain, products), module
 
 
+@pytest.mark.parametrize("by_importance", [False, True])
+@pytest.mark.parametrize("group", [GROUP, 128, -1])
+def test_a_second_look_loses_less(by_importance: bool, group: int, layer: Layer, samples: Samples) -> None:
+    seen = Statistics(*MODULES)
+    samples.run(layer, seen)
+    for module in MODULES:
+        weight, products = layer.weight(module), seen.of(module).products
+        rough = gptq.quantise(weight, products, GptqSettings(group, by_importance))
+        found = refine.refined(rough, weight, products, 0.01)
+        assert loss(weight, found.dequantised(), products) < 0.99 * loss(weight, rough.dequantised(), products), module
+        assert found.codes.max() <= 15 and torch.equal(found.scale, found.scale.half().float())
+
+
+def test_a_second_look_finds_what_is_best_where_that_is_known() -> None:
+    """One group of two columns that always come together: only the sum of their errors counts."""
+    weight, products = torch.tensor([[0.4, 0.4]]), torch.tensor([[1.0, 0.999], [0.999, 1.0]])
+    rough = Quantised(Kind.INTEGER4, torch.tensor([[1, 1]], dtype=torch.uint8), torch.ones(1, 1), 2, Offset.ZERO,
+                      torch.ones(1, 1))  # fmt: skip
+    found = refine.refined(rough, weight, products, 0.0)
+    assert loss(weight, found.dequantised(), products) < 0.05 * loss(weight, rough.dequantised(), products)
+
+
+def test_a_second_look_at_columns_that_no_input_has_breaks_nothing() -> None:
+    weight, products = torch.randn(8, 64), torch.zeros(64, 64)
+    found = refine.refined(gptq.quantise(weight, products, GptqSettings(GROUP)), weight, products, 0.01)
+    assert torch.isfinite(found.dequantised()).all()
+
+
 def test_gptq_with_inputs_that_know_nothing_of_each_other_is_rounding_to_its_grid() -> None:
     torch.manual_seed(0)
     weight = torch.randn(20, 64)
@@ -150,7 +180,7 @@ def test_awq_loses_less_than_rounding(layer: Layer, samples: Samples) -> None:
         rounded = rounding.to_int4(plain[f"{module}.weight"], GROUP).dequantised()
         alone = loss(plain[f"{module}.weight"], rounded, before.of(module).products)
         scaled = layer.weight(module)
-        found = awq.quantise(awq.clipped(layer, module, after.of(module).products, GROUP), GROUP)
+        found = gptq.quantise(scaled, after.of(module).products, GptqSettings(GROUP))
         assert loss(scaled, found.dequantised(), after.of(module).products) < alone, module
 
 
