@@ -117,7 +117,7 @@ class Gptq:
 
 @dataclass(frozen=True, slots=True)
 class Awq:
-    """Columns scaled by their activations, rounded as GPTQ does, in the order in which they lie, and looked at again."""
+    """Columns scaled by their activations, rounded as GPTQ does, in the order in which they lie; then once more."""
 
     group: int
     dtype: torch.dtype = field(default=torch.float16, init=False)
