@@ -113,6 +113,9 @@ class GrammarGuard:
             if self._process is not None:
                 _end(self._process)
             self._process = _start(self._limits)
+            if self._closed:  # meanwhile: `close` has killed the one before, and waits for this turn to end
+                self._process.kill()
+                raise OSError("the grammar guard is closed")
         return self._process
 
 

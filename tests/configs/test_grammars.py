@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -198,6 +199,26 @@ def test_closing_ends_the_process_and_a_check_under_way() -> None:
     with pytest.raises(OSError, match="closed"):
         guard.check(GrammarSource(kind="regex", text="a"))
     guard.close()
+
+
+def test_a_process_that_starts_while_the_guard_closes_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    guard = GrammarGuard(GuardLimits(max_cpu_s=60))
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(limits: GuardLimits) -> subprocess.Popen[bytes]:
+        closing.start()
+        while not guard._closed:
+            time.sleep(0.001)
+        started.append(begin(limits))
+        return started[0]
+
+    begin, closing = grammars_guard._start, threading.Thread(target=guard.close)
+    monkeypatch.setattr(grammars_guard, "_start", start)
+    kind, text = CATASTROPHES["large multiple"]
+    with pytest.raises(OSError, match="closed"):
+        guard.check(GrammarSource(kind=kind, text=text))
+    closing.join()
+    assert started[0].returncode == -signal.SIGKILL
 
 
 def test_a_grammar_that_is_too_long_is_not_even_read() -> None:
