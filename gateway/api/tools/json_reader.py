@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gateway.api.pieces import CallArguments, CallBegun, Content, Piece, num_held
+from gateway.api.pieces import CallArguments, CallBegun, num_held
 from gateway.api.tools.json_call import JsonCall
+from gateway.api.tools.steps import SteppingReader
 
 _SPACE = " \t\r\n"
 _AROUND = _SPACE + "[],;"
@@ -28,44 +29,18 @@ class JsonMarks:
     end: str = ""
 
 
-class JsonReader:
+class JsonReader(SteppingReader):
     """`names`: the functions there are; a bare object that names none of them is text. `new_id` makes call ids."""
 
     def __init__(self, marks: JsonMarks, names: frozenset[str], new_id: Callable[[], str]) -> None:
+        super().__init__()
         self._marks = marks
         self._names = names
         self._new_id = new_id
-        self._num_calls = 0
-        self._rest = ""  # text that is not understood yet
-        self._raw = ""  # what becomes text if no call comes of it
         self._call: JsonCall | None = None
-        self._begun = False  # of the call being read: the client knows of it
         self._state = "text" if marks.begin else "first"
-        self._pieces: list[Piece] = []
-
-    def feed(self, text: str) -> list[Piece]:
-        self._rest += text
-        while self._rest and self._step():
-            pass
-        return self._take()
-
-    def finish(self) -> list[Piece]:
-        """A call that breaks off after its name is told as far as it came."""
-        left, self._raw, self._rest = self._raw + self._rest, "", ""
-        said_nothing = self._begun or (self._num_calls and not left.strip())
-        self._text("" if said_nothing else left)
-        return self._take()
-
-    def _take(self) -> list[Piece]:
-        taken, self._pieces = self._pieces, []
-        return taken
-
-    def _text(self, text: str) -> None:
-        if text:
-            self._pieces.append(Content(text))
 
     def _step(self) -> bool:
-        """Understands some more; False when it needs more text."""
         return {
             "text": self._find_marker,
             "first": self._look_at_beginning,
@@ -73,11 +48,6 @@ class JsonReader:
             "call": self._inside_call,
             "plain": self._pass_on,
         }[self._state]()
-
-    def _pass_on(self) -> bool:
-        self._text(self._rest)
-        self._rest = ""
-        return False
 
     def _find_marker(self) -> bool:
         found = [(at, mark) for mark in self._marks.begin if (at := self._rest.find(mark)) >= 0]

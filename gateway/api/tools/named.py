@@ -15,10 +15,11 @@ from random import Random
 from typing import Any
 
 from configs.grammars.source import literal
-from gateway.api.pieces import CallArguments, CallBegun, Content, Piece, Reader, num_held
+from gateway.api.pieces import CallArguments, CallBegun, Reader, num_held
 from gateway.api.tools.declared import ToolUse
 from gateway.api.tools.format import MAX_OPENING_CHARS, CallRules, Spell, any_of, lead_rule, openai_id
 from gateway.api.tools.json_call import JsonText
+from gateway.api.tools.steps import SteppingReader
 
 _PARTS = re.compile(r"(\{name\}|\{index\}|<[^>]*>)")
 _PATTERNS = {"{name}": r"(?P<name>[A-Za-z0-9_.-]{1,64})", "{index}": r"(?P<index>[0-9]{1,6})"}
@@ -50,43 +51,17 @@ class NamedMarks:
         return re.compile(_SPACE + _SPACE.join(words) + _SPACE + r"(?=\{)")
 
 
-class NamedReader:
+class NamedReader(SteppingReader):
     """`new_id` makes call ids, where the model writes none."""
 
     def __init__(self, marks: NamedMarks, new_id: Callable[[], str]) -> None:
+        super().__init__()
         self._marks = marks
         self._new_id = new_id
-        self._num_calls = 0
-        self._rest = ""  # text that is not understood yet
-        self._raw = ""  # what becomes text if no call comes of it
-        self._begun = False  # a call of this section, so the client knows of it
         self._arguments = JsonText()
         self._state = "text"
-        self._pieces: list[Piece] = []
-
-    def feed(self, text: str) -> list[Piece]:
-        self._rest += text
-        while self._rest and self._step():
-            pass
-        return self._take()
-
-    def finish(self) -> list[Piece]:
-        """A call that breaks off after its name is told as far as it came."""
-        left, self._raw, self._rest = self._raw + self._rest, "", ""
-        said_nothing = self._begun or (self._num_calls and not left.strip())
-        self._text("" if said_nothing else left)
-        return self._take()
-
-    def _take(self) -> list[Piece]:
-        taken, self._pieces = self._pieces, []
-        return taken
-
-    def _text(self, text: str) -> None:
-        if text:
-            self._pieces.append(Content(text))
 
     def _step(self) -> bool:
-        """Understands some more; False when it needs more text."""
         return {
             "text": self._find_marker,
             "section": self._between_calls,

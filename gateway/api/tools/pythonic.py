@@ -14,57 +14,34 @@ from random import Random
 from typing import Any
 
 from configs.grammars.source import literal
-from gateway.api.pieces import CallArguments, CallBegun, Content, Piece, Reader, num_held
+from gateway.api.pieces import CallArguments, CallBegun, Reader, num_held
 from gateway.api.tools.declared import ToolUse
 from gateway.api.tools.format import CallRules, Spell, any_of, lead_rule, openai_id
 from gateway.api.tools.json_reader import JsonMarks
 from gateway.api.tools.parameters import ParameterSchemas, parameter, required, unreadable
 from gateway.api.tools.python_call import can_be_named, read_arguments
+from gateway.api.tools.steps import SteppingReader
 
 _CALL = re.compile(r"([\w-][\w.-]{0,63})\(")
 _CALL_SO_FAR = re.compile(r"([\w-][\w.-]{0,63})?")
 _AROUND = " \t\r\n[],"
 
 
-class PythonicReader:
+class PythonicReader(SteppingReader):
     """`names`: the functions there are; what calls none of them is text. A call is told when it is complete: what its
     values are is known only then."""
 
     def __init__(self, marks: JsonMarks, names: frozenset[str], new_id: Callable[[], str]) -> None:
+        super().__init__()
         self._marks = marks
         self._names = names
         self._new_id = new_id
-        self._num_calls = 0
-        self._begun = False  # calls have come since the marker
-        self._rest = ""  # text that is not understood yet
-        self._raw = ""  # what becomes text if no call comes of it
         self._scanned = 0  # of the call being read
         self._quote = ""
         self._depth = 0
         self._state = "text" if marks.begin else "first"
-        self._pieces: list[Piece] = []
-
-    def feed(self, text: str) -> list[Piece]:
-        self._rest += text
-        while self._rest and self._step():
-            pass
-        return self._take()
-
-    def finish(self) -> list[Piece]:
-        left, self._raw, self._rest = self._raw + self._rest, "", ""
-        self._text("" if self._begun or (self._num_calls and not left.strip()) else left)
-        return self._take()
-
-    def _take(self) -> list[Piece]:
-        taken, self._pieces = self._pieces, []
-        return taken
-
-    def _text(self, text: str) -> None:
-        if text:
-            self._pieces.append(Content(text))
 
     def _step(self) -> bool:
-        """Understands some more; False when it needs more text."""
         return {
             "text": self._find_marker,
             "first": self._look_at_beginning,
@@ -72,11 +49,6 @@ class PythonicReader:
             "call": self._inside_call,
             "plain": self._pass_on,
         }[self._state]()
-
-    def _pass_on(self) -> bool:
-        self._text(self._rest)
-        self._rest = ""
-        return False
 
     def _find_marker(self) -> bool:
         mark = self._marks.begin[0]
