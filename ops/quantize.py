@@ -14,12 +14,20 @@ import click
 from ops.errors import OperationError
 
 if TYPE_CHECKING:
+    from rich.progress import TaskID
+
     from replicas.engine.quantization.methods.recipes import Recipe
 
 GROUP_SIZES = (128, 64, 32)
 
 SMALL_HIDDEN_SIZE = 1024
 """Below it a model loses much by 4 bits, and a scale more costs little: small groups."""
+
+TUNING_SEQUENCES = 96
+"""What models are tuned with that take minutes."""
+
+QUICK_WEIGHTS = 200_000_000
+"""Up to so many, head included, a step of tuning takes some ten seconds of a core."""
 
 
 class QuantizeError(OperationError):
@@ -40,12 +48,17 @@ class QuantizeError(OperationError):
 @click.option(
     "--strength", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="int8: SmoothQuant's alpha."
 )
-@click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True, help="Calibration sequences.")
+@click.option("--samples", type=click.IntRange(min=1), default=32, show_default=True, help="Calibration sequences.")
 @click.option("--sample-tokens", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in each.")
 @click.option(
     "--text",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Calibration text [default: docstrings of Python's standard library].",
+)
+@click.option(
+    "--tune",
+    type=click.IntRange(min=0),
+    help=f"int8, gptq, awq: sequences to tune scales and norms with [default: {TUNING_SEQUENCES} for small models].",
 )
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Torch threads.")
 def quantize(model: str, out: Path | None, **options: Any) -> None:
@@ -56,6 +69,9 @@ def quantize(model: str, out: Path | None, **options: Any) -> None:
     nf4   rounding to 4-bit NormalFloat, blocks of 64        bitsandbytes
     gptq  4 bits, errors made good by later columns         GPTQ
     awq   4 bits, weights that matter most scaled up        AutoAWQ (GEMM)
+
+    Behind int8, gptq and awq, scales and norms are tuned to what MODEL itself predicts: minutes for a small model, too
+    long for a large one on a CPU.
 
     \b
     warmgate quantize smollm2-135m --method awq
@@ -80,28 +96,46 @@ class Wanted:
 
     method: str
     threads: int = 1
-    samples: int = 64
+    samples: int = 32
     sample_tokens: int = 512
     text: Path | None = None
     group_size: str | None = None
     act_order: bool = False
     double_quant: bool = False
     strength: float = 0.5
+    tune: int | None = None
 
 
 def make_checkpoint(source: Path, target: Path, wanted: Wanted) -> None:
     """Quantises a model folder into a new one. Raises QuantizeError."""
     from replicas.contract import EngineError
-    from replicas.engine.quantization.methods.writing import quantise_model, use_threads
+    from replicas.engine.quantization.methods.writing import Calibration, quantise_model, use_threads
 
+    _refuse_others(wanted)
     use_threads(wanted.threads)
     try:
         recipe = _recipe(source, wanted)
-        sequences = calibration_sequences(source, wanted) if recipe.is_calibrated else []
+        pieces = calibration_pieces(source, wanted) if recipe.is_calibrated else []
+        texts = Calibration(spread(pieces, wanted.samples), spread(pieces, _num_tuning(source, wanted, recipe)))
         with _Progress(source.name) as report:
-            quantise_model(source, target, recipe, sequences, report)
+            quantise_model(source, target, recipe, texts, report)
     except (EngineError, OSError, ArithmeticError) as error:
         raise QuantizeError(str(error)) from error
+
+
+def _refuse_others(wanted: Wanted) -> None:
+    """Options that this method has no use for. Raises QuantizeError."""
+    given: dict[str, tuple[bool, tuple[str, ...]]] = {
+        "--group-size": (wanted.group_size is not None, ("gptq", "awq")),
+        "--act-order": (wanted.act_order, ("gptq",)),
+        "--double-quant": (wanted.double_quant, ("nf4",)),
+        "--tune": (bool(wanted.tune), ("int8", "gptq", "awq")),
+    }
+    for option, (is_given, methods) in given.items():
+        if is_given and wanted.method not in methods:
+            *others, last = methods
+            named = f"{', '.join(others)} and {last}" if others else last
+            raise QuantizeError(f"{option} is for {named}, not for {wanted.method}")
 
 
 def _recipe(source: Path, wanted: Wanted) -> Recipe:
@@ -123,14 +157,39 @@ def _fitting_group(source: Path) -> int:
 
     spec = read_spec(source)
     widths = (spec.hidden_size, spec.num_heads * spec.head_dim, spec.intermediate_size)
-    for size in GROUP_SIZES if spec.hidden_size >= SMALL_HIDDEN_SIZE else reversed(GROUP_SIZES):
+    for size in reversed(GROUP_SIZES) if _is_small(source) else GROUP_SIZES:
         if all(width % size == 0 for width in widths):
             return size
     raise QuantizeError(f"no group size of {GROUP_SIZES} divides matrices of {widths} columns")
 
 
-def calibration_sequences(source: Path, wanted: Wanted) -> list[list[int]]:
-    """Token ids of the text, cut into sequences: evenly spread over it when there are more than wanted."""
+def _is_small(source: Path) -> bool:
+    from replicas.engine.families import read_spec
+
+    return read_spec(source).hidden_size < SMALL_HIDDEN_SIZE
+
+
+def _num_weights(source: Path) -> int:
+    """That every token is multiplied with."""
+    from replicas.engine.families import read_spec
+
+    spec = read_spec(source)
+    attention = 2 * spec.hidden_size * spec.head_dim * (spec.num_heads + spec.num_kv_heads)
+    layer = attention + 3 * spec.hidden_size * spec.intermediate_size
+    return spec.num_layers * layer + spec.vocab_size * spec.hidden_size
+
+
+def _num_tuning(source: Path, wanted: Wanted, recipe: Recipe) -> int:
+    """Sequences to tune with."""
+    if not recipe.is_tunable:
+        return 0
+    if wanted.tune is not None:
+        return wanted.tune
+    return TUNING_SEQUENCES if _num_weights(source) <= QUICK_WEIGHTS else 0
+
+
+def calibration_pieces(source: Path, wanted: Wanted) -> list[list[int]]:
+    """Token ids of the text, cut into sequences."""
     from configs.tokenizer import load_model_files
     from ops.texts import calibration_text
 
@@ -141,7 +200,7 @@ def calibration_sequences(source: Path, wanted: Wanted) -> list[list[int]]:
     pieces = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
     if not pieces:
         raise QuantizeError(f"the calibration text has {len(ids)} tokens, fewer than one sequence of {length}")
-    return spread(pieces, wanted.samples)
+    return pieces
 
 
 def spread(pieces: Sequence[list[int]], count: int) -> list[list[int]]:
@@ -152,7 +211,7 @@ def spread(pieces: Sequence[list[int]], count: int) -> list[list[int]]:
 
 
 class _Progress:
-    """A bar of layers on a terminal, a line for every tenth elsewhere."""
+    """A bar of layers on a terminal, a line for every tenth elsewhere; then another, of tuning steps."""
 
     def __init__(self, name: str) -> None:
         from rich.console import Console
@@ -162,7 +221,7 @@ class _Progress:
         self._lively = self._console.is_terminal and not self._console.no_color
         self._name = name
         self._bar = Progress(
-            TextColumn(f"{name}: layers"),
+            TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -170,16 +229,18 @@ class _Progress:
             transient=True,
             disable=not self._lively,
         )
-        self._task = self._bar.add_task(name, total=None)
+        self._tasks: dict[str, TaskID] = {}
 
-    def __enter__(self) -> Callable[[int, int], None]:
+    def __enter__(self) -> Callable[[str, int, int], None]:
         self._bar.start()
         return self._report
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def _report(self, done: int, total: int) -> None:
-        self._bar.update(self._task, completed=done, total=total)
+    def _report(self, what: str, done: int, total: int) -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._bar.add_task(f"{self._name}: {what}", total=total)
+        self._bar.update(self._tasks[what], completed=done)
         if not self._lively and (done == total or done % max(1, total // 10) == 0):
-            self._console.print(f"{self._name}: {done} of {total} layers", markup=False)
+            self._console.print(f"{self._name}: {done} of {total} {what}", markup=False)

@@ -108,6 +108,7 @@ class EngineCore:
 
     def _learn(self, plan: Plan, result: StepResult, elapsed_s: float) -> None:
         self._num_steps += 1
+        self.scheduler.stall_limit.observe(plan, elapsed_s)
         self._rates.observe(plan, elapsed_s)
         self.scheduler.ranking.prefill_tokens_per_s = self._rates.prefill_tokens_per_s
         if self.speculator is not None:

@@ -51,6 +51,10 @@ class Pace:
         """The rate to reckon with."""
         return self.prefill_tokens_per_s if self.prefill_tokens_per_s > 0 else PRIOR_PREFILL_TOKENS_PER_S
 
+    def tokens_in(self, seconds: float) -> float:
+        """How many tokens that are."""
+        return seconds * self.tokens_per_s
+
 
 OrderName: TypeAlias = Literal["fcfs", "priority", "deadline", "shortest", "fair"]
 Order: TypeAlias = Callable[[Queued, float, int, Pace], float]

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from replicas.engine.sequence import Plan
+from typing import Protocol
 
 _DECAY = 0.9
 _MIN_PREFILL_SHARE = 0.1
+
+
+class Computed(Protocol):
+    """What a step did."""
+
+    @property
+    def num_prefill_tokens(self) -> int: ...
+
+    @property
+    def num_decodes(self) -> int: ...
 
 
 class Rates:
@@ -25,16 +35,14 @@ class Rates:
         """0 while no prompt has been computed yet."""
         return self._tokens / self._seconds if self._seconds > 0 else 0.0
 
-    def observe(self, plan: Plan, elapsed_s: float) -> None:
-        """Learns from one executed plan that took `elapsed_s` seconds."""
-        decodes = [item for item in plan.items if item.samples and item.num_known == 1]
-        num_decodes = len(decodes)
-        num_prefill = plan.num_tokens - sum(item.num_tokens for item in decodes)
+    def observe(self, plan: Computed, elapsed_s: float) -> None:
+        """Learns from one executed step that took `elapsed_s` seconds."""
+        num_prefill = plan.num_prefill_tokens
         if num_prefill == 0:
             mean = self.step_time_s
             self.step_time_s = elapsed_s if mean == 0.0 else _DECAY * mean + (1 - _DECAY) * elapsed_s
             return
-        decode_s = self.step_time_s if num_decodes else 0.0
+        decode_s = self.step_time_s if plan.num_decodes else 0.0
         self._tokens = _DECAY * self._tokens + num_prefill
         self._seconds = _DECAY * self._seconds + max(elapsed_s - decode_s, _MIN_PREFILL_SHARE * elapsed_s)
 

@@ -7,7 +7,7 @@
 A plan is filled in this order, until the token budget or the places are used up:
   1. decodes: running sequences with one token to compute. First, so that a long prompt never stalls them.
   2. catching up: running sequences with more to compute, and waiting ones, merged by the order's key. Beside decodes
-     they get no more tokens than can be computed in `max_prefill_stall_s`, and a few.
+     they get as many tokens as take `max_prefill_stall_s` (`stall_limit`).
   3. drafts: guesses behind the decodes, in budget kept for them and blocks nobody else wants.
 
 Blocks. A request is admitted when the blocks of all its known tokens are free beside what the running ones were
@@ -32,15 +32,12 @@ from replicas.engine.placing import Outline, Placing, blocks_for
 from replicas.engine.queues import RunningSet, WaitingQueue
 from replicas.engine.ranking import Ranking
 from replicas.engine.sequence import Plan, PlanItem, Sampled, Sequence, StepResult
+from replicas.engine.stall_limit import StallLimit
 from replicas.engine.structured.grammar import Grammar
 
 __all__ = ["Scheduler", "SchedulerConfig"]
 
 NO_GUESSES: Mapping[str, Drafts] = MappingProxyType({})
-
-MIN_PREFILL_TOKENS = 4
-"""Prompts get so many tokens a step however short the stall allowed: where a chunk takes that long by itself, one token
-would stall answers hardly less, and for many times as long."""
 
 REFRESHED_PER_STEP = 4
 """How many waiting requests a step looks up in the prefix cache again, in turn."""
@@ -59,6 +56,7 @@ class Scheduler:
         self.num_prompt_tokens = 0
         self.num_output_tokens = 0
         self.ranking = Ranking(config, pool)
+        self.stall_limit = StallLimit(config.max_prefill_stall_s, config.max_num_batched_tokens)
         self._clock = clock
         self._placing = Placing(pool, config.prefix_caching)
         self._open: dict[str, Sequence] = {}
@@ -161,7 +159,8 @@ class Scheduler:
                 self._compute(outline, seq)
         outline.keep(sum(map(len, drafts.values())))
         if outline.items:
-            outline.budget = min(outline.budget, self._prefill_limit)
+            limit = self.stall_limit.tokens(len(outline.items), self.ranking.pace.tokens_in)
+            outline.budget = min(outline.budget, limit)
         catching_up = [seq for seq in self._running if seq.num_remaining > 1]
         outline.promised = sum(self._num_blocks(seq.num_tokens) - len(seq.block_ids) for seq in catching_up)
         for seq in catching_up:
@@ -214,13 +213,6 @@ class Scheduler:
         self.pool.check([*(seq.block_ids for seq in self._running), self._placing.copy_sources])
 
     # How a plan is filled.
-
-    @property
-    def _prefill_limit(self) -> int:
-        """Prompt tokens that running answers will wait for in one step."""
-        if self.config.max_prefill_stall_s is None:
-            return self.config.max_num_batched_tokens
-        return max(MIN_PREFILL_TOKENS, int(self.config.max_prefill_stall_s * self.ranking.pace.tokens_per_s))
 
     def _compute(self, outline: Outline, seq: Sequence) -> None:
         """Plans a running sequence's next tokens; for blocks it preempts from the end of the order, even itself."""

@@ -131,6 +131,11 @@ class PlanItem:
         return self.num_tokens - len(self.drafts)
 
     @property
+    def decodes(self) -> bool:
+        """Whether the newest token is all there is to compute, but for guesses."""
+        return self.samples and self.num_known == 1
+
+    @property
     def token_ids(self) -> array[int]:
         """What to compute, guesses last."""
         token_ids = self.seq.tokens[self.start : self.start + self.num_known]
@@ -179,6 +184,16 @@ class Plan:
     @property
     def num_tokens(self) -> int:
         return sum(item.num_tokens for item in self.items)
+
+    @property
+    def num_decodes(self) -> int:
+        """Sequences with one token to compute, and guesses behind it."""
+        return sum(item.decodes for item in self.items)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens of all others: those catching up."""
+        return sum(item.num_tokens for item in self.items if not item.decodes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from configs.tokenizer import load_model_files
 from ops.cli import main
@@ -64,6 +65,7 @@ def test_what_is_written_is_served_and_loses_little(name: str, model_dir: Path, 
     result = quantize(model_dir, "--method", name.split()[0], "--out", out, *few, *options)
     assert result.exit_code == 0, result.output
     assert "2 of 2 layers" in result.output and "MB of weights" in result.output
+    assert ("tuning steps" in result.output) == (name.split()[0] != "nf4")
     assert build(out, self_check=True, kv_cache_gib=0.01).facts.quantization == format_name
     exact = logprobs(model_dir)
     most = {"int8": 0.1, "nf4": 0.8}.get(name.split()[0], 1.0 if "-1" in name else 0.6)
@@ -74,6 +76,34 @@ def test_what_is_written_is_served_and_loses_little(name: str, model_dir: Path, 
     assert {"config.json", "tokenizer.json", "tokenizer_config.json"} <= {path.name for path in out.iterdir()}
     assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == format_name
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]
+
+
+def test_tuning_is_asked_for_by_its_number_of_sequences(model_dir: Path, text: Path, tmp_path: Path) -> None:
+    few = ["--method", "awq", "--samples", "4", "--sample-tokens", "64", "--text", text]
+    tuned = quantize(model_dir, *few, "--out", tmp_path / "tuned", "--tune", "30")
+    assert tuned.exit_code == 0 and "30 of 30 tuning steps" in tuned.output
+    rounded = quantize(model_dir, *few, "--out", tmp_path / "rounded", "--tune", "0")
+    assert rounded.exit_code == 0 and "tuning steps" not in rounded.output
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("tuned", "rounded")]
+    module = "model.layers.0.mlp.up_proj"
+    assert torch.equal(*(file[f"{module}.qweight"] for file in files))
+    assert not torch.equal(*(file[f"{module}.scales"] for file in files))
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "words"),
+    [
+        ("nf4", ["--tune", "3"], "--tune is for int8, gptq and awq, not for nf4"),
+        ("int8", ["--group-size", "32"], "--group-size is for gptq and awq, not for int8"),
+        ("awq", ["--act-order"], "--act-order is for gptq, not for awq"),
+        ("gptq", ["--double-quant"], "--double-quant is for nf4, not for gptq"),
+    ],
+)
+def test_options_of_other_methods_are_refused(
+    method: str, option: list[str], words: str, model_dir: Path, tmp_path: Path
+) -> None:
+    refused = quantize(model_dir, "--method", method, "--out", tmp_path / "out", *option)
+    assert refused.exit_code == 1 and words in refused.output and not (tmp_path / "out").exists()
 
 
 def test_the_folder_beside_the_model_is_the_default_and_is_never_overwritten(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ void add_codes(const Matrix& m, const uint8_t* codes, const float* x, int64_t fi
     if (KIND == TABLE4) {
         for (int64_t c = first; c < last; c += 8) {
             vu word[VECS];
+            for (int v = 0; v < VECS; v++) prefetch(codes + (c / 8 * ROWS + v * LANES) * 4);
             for (int v = 0; v < VECS; v++)
                 word[v] = *reinterpret_cast<const vu*>(codes + (c / 8 * ROWS + v * LANES) * 4);
 #pragma GCC unroll 8
@@ -40,6 +41,7 @@ void add_codes(const Matrix& m, const uint8_t* codes, const float* x, int64_t fi
     }
     for (int64_t c = first; c < last; c++) {
         const vf xs = splat(x[c]);
+        prefetch(codes + c * ROWS);
         for (int v = 0; v < VECS; v++) acc[c % 2 * VECS + v] += from_byte<KIND>(codes + c * ROWS + v * LANES) * xs;
     }
 }

@@ -5,6 +5,8 @@
 // most 128 columns, so that results are those of float32 activations but for some 1e-5 of them. With 8-bit activations
 // q is one byte, the step a token's (what W8A8 checkpoints ask for).
 
+#include <utility>
+
 #include "matrix.h"
 
 namespace {
@@ -96,6 +98,15 @@ struct FixedPoint {
     }
 };
 
+inline vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+
+inline void load_factors(const Matrix& m, const void* factors, int64_t at, vf (&out)[VECS]) {
+    if (m.is_half)
+        for (int v = 0; v < VECS; v++) out[v] = load_half(static_cast<const uint16_t*>(factors) + at + v * LANES);
+    else
+        for (int v = 0; v < VECS; v++) out[v] = load(static_cast<const float*>(factors) + at + v * LANES);
+}
+
 // acc += the four products of every lane; w unsigned bytes, x four signed ones.
 inline vi dot4(vi acc, vi w, const int8_t* x) {
     int32_t word;
@@ -110,61 +121,90 @@ inline vi dot4(vi acc, vi w, const int8_t* x) {
 #endif
 }
 
-// Adds columns [first, last) of SPAN rows, for N tokens: exact sums of codes times high and low parts.
-template <int BITS, int PASSES, int N>
-inline void accumulate(const uint8_t* codes, const FixedPoint& in, int64_t token, int64_t first, int64_t last,
-                       vi (*high)[VECS], vi (*low)[VECS]) {
-    constexpr int COLUMNS = 32 / BITS;  // columns in four bytes
-    for (int64_t c = first; c < last; c += COLUMNS) {
-        vi word[VECS];
-        for (int v = 0; v < VECS; v++)
-            word[v] = *reinterpret_cast<const vi*>(codes + (c / COLUMNS * ROWS + v * LANES) * 4);
-        for (int half = 0; half < 8 / BITS; half++) {
-            vi w[VECS];
-            for (int v = 0; v < VECS; v++)
-                w[v] = BITS == 8 ? word[v] : (half ? (vi)((vu)word[v] >> 4) : word[v]) & 0x0f0f0f0f;
-            for (int t = 0; t < N; t++) {
-                const int64_t at = (token + t) * in.stride + c + 4 * half;
-                for (int v = 0; v < VECS; v++) {
-                    high[t][v] = dot4(high[t][v], w[v], in.high.data() + at);
-                    if (PASSES == 2) low[t][v] = dot4(low[t][v], w[v], in.low.data() + at);
-                }
-            }
+// f(0), f(1) … f(COUNT - 1), each known to the compiler: sums that loops index would live in memory.
+template <class F, size_t... I>
+inline void each(F f, std::index_sequence<I...>) {
+    (f(std::integral_constant<int, I>()), ...);
+}
+template <int COUNT, class F>
+inline void each(F f) {
+    each(f, std::make_index_sequence<COUNT>());
+}
+
+// Codes times the high and low parts of N tokens' activations, for SPAN rows.
+template <int N>
+struct Sums {
+    vi high[N][VECS] = {}, low[N][VECS] = {};
+
+    // Adds the columns of one segment, whose codes begin at `codes` and activations at `at`.
+    template <int BITS, int PASSES>
+    void add(const uint8_t* codes, int64_t count, const FixedPoint& in, int64_t at) {
+        constexpr int COLUMNS = 32 / BITS;  // columns in four bytes
+        const int8_t *upper = in.high.data() + at, *lower = in.low.data() + at;
+        for (; count > 0; count -= COLUMNS, codes += ROWS * 4, upper += COLUMNS, lower += COLUMNS) {
+            vi word[VECS];
+            each<VECS>([&](auto v) { prefetch(codes + v * LANES * 4); });
+            each<VECS>([&](auto v) { word[v] = *reinterpret_cast<const vi*>(codes + v * LANES * 4); });
+            each<8 / BITS>([&](auto half) {
+                each<VECS>([&](auto v) {
+                    const vi w = BITS == 8 ? word[v] : (half ? (vi)((vu)word[v] >> 4) : word[v]) & 0x0f0f0f0f;
+                    each<N>([&](auto t) {
+                        high[t][v] = dot4(high[t][v], w, upper + t * in.stride + 4 * half);
+                        if (PASSES == 2) low[t][v] = dot4(low[t][v], w, lower + t * in.stride + 4 * half);
+                    });
+                });
+            });
         }
     }
-}
+
+    template <int PASSES>
+    vi exact(int t, int v) const {
+        return PASSES == 2 ? (high[t][v] << 7) + low[t][v] : high[t][v];
+    }
+};
 
 template <int BITS, int PASSES, int N>
 void rows_of(const Matrix& m, const FixedPoint& in, float* y, int64_t token, int64_t block, int row) {
     const int64_t num_segments = in.segments.size(), groups = groups_of(m);
     const int64_t bytes = round_up(m.columns, 8) * ROWS * BITS / 8;
     const uint8_t* codes = static_cast<const uint8_t*>(m.codes) + block * bytes + row * 4;
+    const int32_t* sum = in.sum.data() + token * num_segments;
+    const float* step = in.step.data() + token * num_segments;
     vf total[N][VECS] = {};
-    for (int64_t s = 0; s < num_segments; s++) {
+    for (int64_t s = 0; s < num_segments; s++, sum++, step++) {
         const Segment& segment = in.segments[s];
-        vi high[N][VECS] = {}, low[N][VECS] = {};
-        accumulate<BITS, PASSES, N>(codes, in, token, segment.first, segment.last, high, low);
+        Sums<N> sums;
+        sums.template add<BITS, PASSES>(codes + segment.first * ROWS * BITS / 8, segment.last - segment.first, in,
+                                        token * in.stride + segment.first);
         const int64_t at = (block * groups + segment.group) * ROWS + row;
-        for (int v = 0; v < VECS; v++) {
-            const vf scale = load_factor(m, m.scale, at + v * LANES);
-            const vf offset = m.offset_kind == NONE ? vf{} : load_factor(m, m.offset, at + v * LANES);
-            for (int t = 0; t < N; t++) {
-                const int64_t i = (token + t) * num_segments + s;
-                vi exact = PASSES == 2 ? (high[t][v] << 7) + low[t][v] : high[t][v];
-                if (m.offset_kind == NONE) exact -= (BITS == 8 ? 128 : 8) * in.sum[i];
-                vf value = __builtin_convertvector(exact, vf);
-                if (m.offset_kind == ZERO) value -= offset * static_cast<float>(in.sum[i]);
-                value *= scale;
-                if (m.offset_kind == MINIMUM) value += offset * static_cast<float>(in.sum[i]);
-                total[t][v] += value * in.step[i];
-            }
+        const auto add = [&](auto value) {  // of one token's exact sums, in floats and before their steps
+            each<N>([&](auto t) {
+                each<VECS>([&](auto v) { total[t][v] += value(t, v, t * num_segments) * step[t * num_segments]; });
+            });
+        };
+        vf scale[VECS], offset[VECS];
+        load_factors(m, m.scale, at, scale);
+        if (m.offset_kind == NONE) {
+            add([&](auto t, auto v, int64_t i) {
+                return scale[v] * to_float(sums.template exact<PASSES>(t, v) - (BITS == 8 ? 128 : 8) * sum[i]);
+            });
+            continue;
         }
+        load_factors(m, m.offset, at, offset);
+        if (m.offset_kind == ZERO)
+            add([&](auto t, auto v, int64_t i) {
+                return scale[v] * (to_float(sums.template exact<PASSES>(t, v)) - offset[v] * float(sum[i]));
+            });
+        else
+            add([&](auto t, auto v, int64_t i) {
+                return scale[v] * to_float(sums.template exact<PASSES>(t, v)) + offset[v] * float(sum[i]);
+            });
     }
-    for (int t = 0; t < N; t++) {
+    each<N>([&](auto t) {
         alignas(64) float out[SPAN];
-        for (int v = 0; v < VECS; v++) store(out + v * LANES, total[t][v]);
+        each<VECS>([&](auto v) { store(out + v * LANES, total[t][v]); });
         finish(m, out, block * ROWS + row, SPAN, y + (token + t) * m.rows);
-    }
+    });
 }
 
 // Tokens that share a pass over a block's codes: as many as keep their sums in registers.

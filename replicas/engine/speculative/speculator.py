@@ -88,7 +88,7 @@ class Speculator:
             guess = self._guesses.get(item.seq.request_id)
             if guess is not None and guess.drafts:
                 self._compare(item.seq.request_id, guess, item.drafts, [token.token_id for token in sampled])
-        if self.drafter.is_settled and all(item.samples and item.num_known == 1 for item in plan.items):
+        if self.drafter.is_settled and all(item.decodes for item in plan.items):
             self.control.observe_step(len(sampling), sum(len(item.drafts) for item in sampling), elapsed_s)
         try:
             self.drafter.observe(plan, result)

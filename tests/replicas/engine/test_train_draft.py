@@ -150,6 +150,7 @@ def test_a_draft_model_with_another_vocabulary_is_refused(folder: Path, tmp_path
         build(folder, **SMALL, speculative=SpeculativeConfig(method="draft_model"))
 
 
+@pytest.mark.slow
 def test_a_draft_model_may_be_named_as_in_the_catalogue(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

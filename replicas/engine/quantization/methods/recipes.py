@@ -34,6 +34,11 @@ class Recipe(Protocol):
         ...
 
     @property
+    def is_tunable(self) -> bool:
+        """Whether `tuning` can follow: integer codes."""
+        ...
+
+    @property
     def group(self) -> int:
         """Columns that share a scale; -1 stands for a whole row."""
         ...
@@ -59,6 +64,7 @@ class Int8:
     group: int = field(default=-1, init=False)
     dtype: torch.dtype = field(default=torch.bfloat16, init=False)
     is_calibrated: bool = field(default=True, init=False)
+    is_tunable: bool = field(default=True, init=False)
 
     def quantise(self, layer: Layer, samples: Samples) -> dict[str, Quantised]:
         seen = Statistics(*MODULES)
@@ -81,6 +87,7 @@ class Nf4:
     group: int = field(default=rounding.NF4_BLOCK, init=False)
     dtype: torch.dtype = field(default=torch.bfloat16, init=False)
     is_calibrated: bool = field(default=False, init=False)
+    is_tunable: bool = field(default=False, init=False)
 
     def quantise(self, layer: Layer, samples: Samples) -> dict[str, Quantised]:
         return {module: rounding.to_nf4(layer.weight(module)) for module in MODULES}
@@ -100,6 +107,7 @@ class Gptq:
     inner: gptq.GptqSettings
     dtype: torch.dtype = field(default=torch.float16, init=False)
     is_calibrated: bool = field(default=True, init=False)
+    is_tunable: bool = field(default=True, init=False)
 
     @property
     def group(self) -> int:
@@ -122,6 +130,7 @@ class Awq:
     group: int
     dtype: torch.dtype = field(default=torch.float16, init=False)
     is_calibrated: bool = field(default=True, init=False)
+    is_tunable: bool = field(default=True, init=False)
 
     def quantise(self, layer: Layer, samples: Samples) -> dict[str, Quantised]:
         before = Statistics(*MODULES)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from replicas.engine.families import DecoderSpec
-from replicas.engine.quantization.source import EMBEDDING, WeightSource
+from replicas.engine.quantization.source import EMBEDDING, HEAD, WeightSource
 from replicas.engine.rope import rope_table
 from replicas.engine.self_check import hidden_keys, turned
 
@@ -29,6 +29,15 @@ MODULES = tuple(module for stage in STAGES for module in stage)
 ATTENTION_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
 
 
+Rounding: TypeAlias = Callable[[str, Tensor], Tensor]
+"""(module's name, its input) → what it multiplies."""
+
+
+def exact(module: str, x: Tensor) -> Tensor:
+    """A `Rounding` that changes nothing."""
+    return x
+
+
 def forget(module: str, x: Tensor) -> None:
     """A `Record` that keeps nothing."""
 
@@ -40,6 +49,7 @@ class Layer:
     index: int
     spec: DecoderSpec
     tensors: dict[str, Tensor]
+    rounding: Rounding = exact
 
     @classmethod
     def read(cls, source: WeightSource, spec: DecoderSpec, index: int) -> Layer:
@@ -77,7 +87,25 @@ class Layer:
 
     def _linear(self, x: Tensor, module: str, record: Record) -> Tensor:
         record(module, x)
-        return F.linear(x, self.weight(module), self.tensors.get(f"{module}.bias"))
+        return F.linear(self.rounding(module, x), self.weight(module), self.tensors.get(f"{module}.bias"))
+
+
+@dataclass(frozen=True, slots=True)
+class Original:
+    """A model that is to be quantised."""
+
+    source: WeightSource
+    spec: DecoderSpec
+
+    @property
+    def head(self) -> str | None:
+        """The head's module; None when it is the embedding."""
+        tied = self.spec.tied_embeddings or f"{HEAD}.weight" not in self.source
+        return None if tied else HEAD
+
+    def layer(self, index: int) -> Layer:
+        """A copy of a layer."""
+        return Layer.read(self.source, self.spec, index)
 
 
 @dataclass(slots=True)

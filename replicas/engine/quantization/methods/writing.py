@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import torch
 from safetensors.torch import save_file
@@ -17,15 +17,22 @@ from configs.schema import EngineConfig
 from replicas.contract import EngineError
 from replicas.engine.families import DecoderSpec, read_json, read_spec
 from replicas.engine.quantization.methods.recipes import Recipe
-from replicas.engine.quantization.methods.textbook import Layer, Samples
+from replicas.engine.quantization.methods.textbook import Original, Samples
+from replicas.engine.quantization.methods.tuning import QuantisedLayer, Report, tuned
 from replicas.engine.quantization.opening import open_source
-from replicas.engine.quantization.source import EMBEDDING, HEAD, WeightSource
-
-Report: TypeAlias = Callable[[int, int], None]
-"""(layers done, layers in all)."""
+from replicas.engine.quantization.source import EMBEDDING
 
 _SHARD_BYTES = 2 << 30
 _NOT_COPIED = (".safetensors", ".gguf", ".bin", ".index.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Token ids of text, in sequences: for methods that look at inputs, and for `tuning` behind them; either may be
+    empty."""
+
+    quantising: Sequence[Sequence[int]] = ()
+    tuning: Sequence[Sequence[int]] = ()
 
 
 def use_threads(num_threads: int) -> None:
@@ -33,26 +40,26 @@ def use_threads(num_threads: int) -> None:
     torch.set_num_threads(num_threads)
 
 
-@torch.inference_mode()
-def quantise_model(
-    model_dir: Path, out: Path, recipe: Recipe, sequences: Sequence[Sequence[int]], report: Report
-) -> None:
+@torch.no_grad()  # not inference mode: tuning goes on with the same tensors
+def quantise_model(model_dir: Path, out: Path, recipe: Recipe, texts: Calibration, report: Report) -> None:
     """Writes the quantised model into `out`, which must not exist; it appears whole or not at all.
 
-    `sequences`: token ids of calibration text. Raises EngineError when the model is unknown, broken or quantised
-    already, OSError when `out` cannot be written.
+    Raises EngineError when the model is unknown, broken or quantised already, or has nothing to tune; OSError when
+    `out` cannot be written.
     """
     spec = read_spec(model_dir)
     opened = open_source(model_dir, spec, EngineConfig(), has_kernels=False)
     if opened.method not in ("", "gguf"):
         raise EngineError(f"{model_dir} is quantised already, with {opened.method}")
+    if texts.tuning and not recipe.is_tunable:
+        raise EngineError("only integer codes can be tuned")
     _check_group(model_dir, spec, recipe)
     work = out.with_name(f".{out.name}.partial")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
         shards = _Shards(work)
-        for tensors in _tensors(opened.source, spec, recipe, sequences, report):
+        for tensors in _tensors(Original(opened.source, spec), recipe, texts, report):
             shards.add({name: tensor.contiguous() for name, tensor in tensors.items()})
         shards.finish()
         _describe(model_dir, work, recipe)
@@ -61,36 +68,38 @@ def quantise_model(
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _tensors(
-    source: WeightSource, spec: DecoderSpec, recipe: Recipe, sequences: Sequence[Sequence[int]], report: Report
-) -> Iterator[dict[str, Tensor]]:
+def _tensors(original: Original, recipe: Recipe, texts: Calibration, report: Report) -> Iterator[dict[str, Tensor]]:
     """Everything the checkpoint will hold, a layer at a time."""
-    yield {name: source.get(name).to(recipe.dtype) for name in _outside(source, spec)}
-    samples = Samples.embedded(source, sequences if recipe.is_calibrated else ())
-    for i in range(spec.num_layers):
-        report(i, spec.num_layers)
-        layer = Layer.read(source, spec, i)
-        matrices = recipe.quantise(layer, samples)
+    yield {name: original.source.get(name).to(recipe.dtype) for name in _outside(original)}
+    layers: Iterable[QuantisedLayer] = _quantised(original, recipe, texts.quantising, partial(report, "layers"))
+    if texts.tuning:
+        layers = tuned(list(layers), original, texts.tuning, report)
+    for i, layer in enumerate(layers):
         prefix = f"model.layers.{i}."
-        plain = {name: tensor for name, tensor in layer.tensors.items() if not _replaced(name, matrices)}
-        kept = {f"{prefix}{name}": tensor.to(recipe.dtype) for name, tensor in plain.items()}
+        kept = {f"{prefix}{name}": tensor.to(recipe.dtype) for name, tensor in layer.kept.items()}
         stored = {
             f"{prefix}{module}.{name}": tensor
-            for module, matrix in matrices.items()
+            for module, matrix in layer.matrices.items()
             for name, tensor in recipe.stored(matrix).items()
         }
         yield kept | stored
-    report(spec.num_layers, spec.num_layers)
 
 
-def _outside(source: WeightSource, spec: DecoderSpec) -> list[str]:
-    names = [f"{EMBEDDING}.weight", "model.norm.weight"]
-    tied = spec.tied_embeddings or f"{HEAD}.weight" not in source
-    return names if tied else [*names, f"{HEAD}.weight"]
+def _quantised(
+    original: Original, recipe: Recipe, sequences: Sequence[Sequence[int]], report: Callable[[int, int], None]
+) -> Iterator[QuantisedLayer]:
+    samples = Samples.embedded(original.source, sequences if recipe.is_calibrated else ())
+    num_layers = original.spec.num_layers
+    for i in range(num_layers):
+        report(i, num_layers)
+        layer = original.layer(i)
+        yield QuantisedLayer.of(layer, recipe.quantise(layer, samples))
+    report(num_layers, num_layers)
 
 
-def _replaced(name: str, matrices: dict[str, Any]) -> bool:
-    return name.endswith(".weight") and name.removesuffix(".weight") in matrices
+def _outside(original: Original) -> list[str]:
+    modules = [EMBEDDING, "model.norm", *([original.head] if original.head else [])]
+    return [f"{module}.weight" for module in modules]
 
 
 def _check_group(model_dir: Path, spec: DecoderSpec, recipe: Recipe) -> None:

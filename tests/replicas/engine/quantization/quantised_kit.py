@@ -19,7 +19,7 @@ from replicas.engine.families import read_spec
 from replicas.engine.quantization import rounding
 from replicas.engine.quantization.methods import recipes
 from replicas.engine.quantization.methods.gptq import GptqSettings
-from replicas.engine.quantization.methods.writing import quantise_model
+from replicas.engine.quantization.methods.writing import Calibration, quantise_model
 from replicas.engine.quantization.opening import open_source
 from replicas.engine.quantization.source import Dequantised
 from tests.replicas.engine.tiny import make_tiny, random_tokens
@@ -50,7 +50,7 @@ def make_plain(family: str, folder: Path) -> Path:
 
 
 def make_with(recipe: recipes.Recipe) -> Callable[[Path, Path], None]:
-    return lambda plain, out: quantise_model(plain, out, recipe, SEQUENCES, lambda done, total: None)
+    return lambda plain, out: quantise_model(plain, out, recipe, Calibration(SEQUENCES), lambda *progress: None)
 
 
 def make_fp8(plain: Path, out: Path, name: str = "weight_scale") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,19 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from configs.schema import EngineConfig
 from replicas.contract import EngineError
 from replicas.engine.families import read_spec
 from replicas.engine.kernels.library import Kind, Offset
 from replicas.engine.quantization import rounding
-from replicas.engine.quantization.matrix import Quantised
-from replicas.engine.quantization.methods import awq, gptq, recipes, refine, smooth, writing
+from replicas.engine.quantization.matrix import Quantised, rounded_inputs
+from replicas.engine.quantization.methods import awq, gptq, recipes, refine, smooth, tuning, writing
 from replicas.engine.quantization.methods.gptq import GptqSettings
 from replicas.engine.quantization.methods.statistics import Statistics
-from replicas.engine.quantization.methods.textbook import DOWN, MODULES, QKV, Layer, Samples
-from replicas.engine.quantization.methods.writing import quantise_model
-from replicas.engine.quantization.source import SafetensorsSource
+from replicas.engine.quantization.methods.textbook import DOWN, MODULES, QKV, Layer, Original, Samples
+from replicas.engine.quantization.methods.writing import Calibration, quantise_model
+from replicas.engine.quantization.opening import open_source
+from replicas.engine.quantization.source import Dequantised, SafetensorsSource
 from replicas.engine.tensors import Checkpoint
 from tests.replicas.engine.driver import build
 from tests.replicas.engine.quantization.quantised_kit import SEQUENCES, make_plain
@@ -186,7 +189,7 @@ def test_awq_loses_less_than_rounding(layer: Layer, samples: Samples) -> None:
 
 def test_a_checkpoint_of_several_files_is_served(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "_SHARD_BYTES", 20_000)
-    quantise_model(folder, tmp_path / "out", recipes.Awq(GROUP), SEQUENCES, lambda done, total: None)
+    quantise_model(folder, tmp_path / "out", recipes.Awq(GROUP), Calibration(SEQUENCES), lambda *progress: None)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = set(index["weight_map"].values())
     assert len(files) > 1 and all((tmp_path / "out" / name).is_file() for name in files)
@@ -194,15 +197,82 @@ def test_a_checkpoint_of_several_files_is_served(folder: Path, tmp_path: Path, m
 
 
 def test_a_failure_leaves_no_folder(folder: Path, tmp_path: Path) -> None:
-    def broken(done: int, total: int) -> None:
+    def broken(what: str, done: int, total: int) -> None:
         if done == 1:
             raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space left"):
-        quantise_model(folder, tmp_path / "out", recipes.Nf4(), [], broken)
+        quantise_model(folder, tmp_path / "out", recipes.Nf4(), Calibration(), broken)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_group_that_divides_no_matrix_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="64 columns, which are no whole groups of 48"):
-        quantise_model(folder, tmp_path / "out", recipes.Awq(48), SEQUENCES, lambda done, total: None)
+        quantise_model(folder, tmp_path / "out", recipes.Awq(48), Calibration(SEQUENCES), lambda *progress: None)
+
+
+def last_hidden(folder: Path, sequences: list[list[int]]) -> list[Tensor]:
+    """What a checkpoint makes of sequences before its last norm, matrices as floats, inputs as those round them."""
+    spec = read_spec(folder)
+    opened = open_source(folder, spec, EngineConfig(), has_kernels=False)
+    source = Dequantised(opened.source, spec)
+    samples = Samples.embedded(source, sequences)
+    for i in range(spec.num_layers):
+        layer = Layer.read(source, spec, i)
+        samples.advance(replace(layer, rounding=to_int8) if opened.method == "compressed-tensors" else layer)
+    return samples.hidden
+
+
+def to_int8(module: str, x: Tensor) -> Tensor:
+    return rounded_inputs(x, rounding.to_w8a8(torch.eye(2)))
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [recipes.Awq(GROUP), recipes.Gptq(GptqSettings(GROUP, by_importance=True)), recipes.Int8()],
+    ids=["awq", "gptq sorted", "int8"],
+)
+def test_tuning_brings_predictions_nearer_to_the_original_and_keeps_every_code(
+    recipe: recipes.Recipe, folder: Path, tmp_path: Path
+) -> None:
+    seen = [random_tokens(32, seed) for seed in range(300)]
+    unseen = [random_tokens(32, seed) for seed in range(1000, 1020)]
+    spec = read_spec(folder)
+    ends = tuning.Ends.read(Original(SafetensorsSource(Checkpoint(folder), None), spec))
+    exact = last_hidden(folder, unseen)
+    lost: list[float] = []
+    codes: list[list[Tensor]] = []
+    for name, texts in (("as rounded", Calibration(SEQUENCES)), ("tuned", Calibration(SEQUENCES, seen))):
+        quantise_model(folder, tmp_path / name, recipe, texts, lambda *progress: None)
+        found = last_hidden(tmp_path / name, unseen)
+        lost.append(sum(float(ends.divergence(x, y)) for x, y in zip(found, exact, strict=True)))
+        tensors = Checkpoint(tmp_path / name)
+        weight = "weight" if isinstance(recipe, recipes.Int8) else "qweight"
+        names = [f"model.layers.{i}.{module}.{weight}" for i in range(spec.num_layers) for module in MODULES]
+        codes.append([tensors.get(each) for each in names])
+    assert lost[1] < 0.97 * lost[0], lost
+    assert all(torch.equal(one, other) for one, other in zip(*codes, strict=True))
+
+
+@pytest.mark.parametrize("group", [GROUP, -1])
+@pytest.mark.parametrize("family", ["llama with biases", "qwen3", "mistral with window"])
+@torch.no_grad()
+def test_what_is_tuned_is_the_textbooks_layer(family: str, group: int, tmp_path: Path) -> None:
+    make_plain(family, tmp_path)
+    original = Original(SafetensorsSource(Checkpoint(tmp_path), None), read_spec(tmp_path))
+    samples = Samples.embedded(original.source, SEQUENCES)
+    layer = original.layer(0)
+    recipe = recipes.Gptq(GptqSettings(group, by_importance=True))
+    matrices = recipe.quantise(layer, Samples(list(samples.hidden)))
+    tunable = tuning.Tunable.of(0, layer.spec, tuning.QuantisedLayer.of(layer, matrices))
+    for x in samples.hidden:
+        torch.testing.assert_close(tunable.forward(x), layer.forward(x, lambda *_: None), atol=1e-4, rtol=1e-4)
+    result = tunable.result()
+    assert result.kept.keys() | {f"{module}.weight" for module in MODULES} == layer.tensors.keys()
+    for module in MODULES:  # before any step scales are what they were, as they are stored
+        torch.testing.assert_close(result.matrices[module].scale, matrices[module].scale.half().float())
+
+
+def test_tables_are_not_tuned(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="only integer codes can be tuned"):
+        quantise_model(folder, tmp_path / "out", recipes.Nf4(), Calibration((), SEQUENCES), lambda *progress: None)
