@@ -1,0 +1,86 @@
+"""Drives one engine: requests by text, deltas by request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+
+from configs.schema import EngineConfig
+from replicas.contract import EngineFacts, GenerateRequest, SamplingParams, StepDelta, pack_tokens
+
+MARKS = [
+    pytest.mark.vllm,
+    pytest.mark.model,
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore"),  # vLLM's own, and those of what it imports
+]
+FRANCE = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+STORY = "<|im_start|>user\nTell a long story about a dragon and a lighthouse.<|im_end|>\n<|im_start|>assistant\n"
+
+
+def config(**settings: Any) -> EngineConfig:
+    small: dict[str, Any] = {"kv_cache_gib": 0.25, "max_model_len": 1024, "max_num_seqs": 8, "block_size": 32}
+    return EngineConfig(kind="vllm", dtype="float32", **small | settings)
+
+
+@dataclass
+class Driver:
+    """`engine` is started; its deltas come to `take`."""
+
+    tokenizer: tokenizers.Tokenizer
+    engine: Any = None
+    facts: EngineFacts | None = None
+    deltas: dict[str, list[StepDelta]] = field(default_factory=lambda: defaultdict(list))
+    ended: dict[str, asyncio.Event] = field(default_factory=lambda: defaultdict(asyncio.Event))
+    num_requests: int = 0
+
+    def take(self, deltas: Sequence[StepDelta]) -> None:
+        for delta in deltas:
+            self.deltas[delta.request_id].append(delta)
+            if delta.finish_reason is not None:
+                self.ended[delta.request_id].set()
+
+    def request(self, text: str, **more: Any) -> GenerateRequest:
+        """Keywords of the request, or of its sampling."""
+        self.num_requests += 1
+        known = {name: more.pop(name) for name in list(more) if name in GenerateRequest.__struct_fields__}
+        sampling = SamplingParams(**{"max_tokens": 16, "seed": 1, "temperature": 0.0} | more)
+        prompt = pack_tokens(self.tokenizer.encode(text).ids)
+        defaults: dict[str, Any] = {"request_id": f"r{self.num_requests}", "prompt": prompt, "sampling": sampling}
+        return GenerateRequest(**defaults | known)
+
+    async def run(self, request: GenerateRequest) -> list[StepDelta]:
+        self.engine.submit(request)
+        return await self.end_of(request.request_id)
+
+    async def end_of(self, request_id: str) -> list[StepDelta]:
+        await asyncio.wait_for(self.ended[request_id].wait(), 120)
+        return self.deltas[request_id]
+
+    async def ask(self, text: str, **more: Any) -> list[StepDelta]:
+        return await self.run(self.request(text, **more))
+
+    def text_of(self, deltas: Sequence[StepDelta]) -> str:
+        return self.tokenizer.decode(list(tokens_of(deltas)), skip_special_tokens=True)
+
+
+def tokens_of(deltas: Sequence[StepDelta]) -> tuple[int, ...]:
+    return tuple(token for delta in deltas for token in delta.token_ids)
+
+
+async def eventually(holds: Any, limit_s: float = 10.0) -> None:
+    async with asyncio.timeout(limit_s):
+        while not holds():  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
+def tokenizer_of(folder: Path) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
