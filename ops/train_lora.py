@@ -1,4 +1,4 @@
-"""`warmgate train-lora`: small real LoRA adapters, for trying and for tests; four to five minutes each on two cores.
+"""`warmgate train-lora`: small real LoRA adapters, for trying and for tests; a few minutes each on two cores.
 
 facts in a style (or your own chats) ─► PEFT ─► a folder that `warmgate adapters add --path` takes
 """
@@ -10,12 +10,15 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ops.errors import OperationError
 from ops.lora_styles import STYLES, UNSEEN, examples
@@ -35,7 +38,12 @@ class TrainOptions:
     batch: int
     learning_rate: float
     threads: int
-    seed: int
+    seed: int = 0
+    layers: int | None = None
+
+
+Told: TypeAlias = Callable[[int, float], None]
+"""Called after each step with its number, from 1, and its loss."""
 
 
 @click.command("train-lora", short_help="Train LoRA adapters of a model.")
@@ -50,12 +58,13 @@ class TrainOptions:
 @click.option("--steps", default=40, show_default=True, type=_AT_LEAST_1)
 @click.option("--batch", default=8, show_default=True, type=_AT_LEAST_1, help="Chats a step.")
 @click.option("--learning-rate", default=1e-3, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--layers", type=_AT_LEAST_1, help="Only the last so many: learnt in less time [default: all].")
 @click.option("--threads", default=1, show_default=True, type=_AT_LEAST_1)
 @click.option("--seed", default=0, show_default=True)
 def train_lora(model: str, out: Path, styles: tuple[str, ...], data: Path | None, **options: Any) -> None:
     """Train LoRA adapters of MODEL (catalogue name or folder), each into a folder of its own in OUT.
 
-    Takes four to five minutes an adapter on two cores, and PEFT.
+    Takes a few minutes an adapter on two cores, and PEFT.
 
     \b
     warmgate train-lora smollm2-135m ./adapters
@@ -66,12 +75,31 @@ def train_lora(model: str, out: Path, styles: tuple[str, ...], data: Path | None
     chosen = TrainOptions(**options)
     if data is not None and styles:
         raise click.UsageError("--data and --style exclude each other")
-    lessons = {data.stem: _read_chats(data)} if data else {s: _chats_of(s) for s in styles or sorted(STYLES)}
+    lessons = {data.stem: _read_chats(data)} if data else {s: chats_of(s) for s in styles or sorted(STYLES)}
     for name, chats in lessons.items():
-        summary = _train(_folder(model), out / name, chats, chosen)
+        with shown(name, chosen.steps) as told:
+            summary = train(_folder(model), out / name, chats, chosen, told)
         for question, answer in summary.pop("says"):
             click.echo(f"{name}: {question} → {answer}", err=True)
         click.echo(json.dumps({"adapter": str((out / name).absolute()), **summary}))
+
+
+@contextmanager
+def shown(name: str, steps: int) -> Iterator[Told]:
+    """A progress bar on a terminal, a line every tenth of the way elsewhere."""
+    console = Console(stderr=True, highlight=False)
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task(f"training {name}", total=steps)
+            yield lambda step, loss: progress.update(task, completed=step, description=f"{name}  loss {loss:.2f}")
+        return
+
+    def say(step: int, loss: float) -> None:
+        if step % max(1, steps // 10) == 0:
+            console.print(f"{name}: step {step} of {steps}, loss {loss:.2f}")
+
+    yield say
 
 
 def _folder(model: str) -> Path:
@@ -81,7 +109,8 @@ def _folder(model: str) -> Path:
     return find_model(model, home_dir(os.environ))
 
 
-def _chats_of(style: str) -> list[Chat]:
+def chats_of(style: str) -> list[Chat]:
+    """The lessons of one of our styles."""
     return [_chat(example.question, example.answer) for example in examples(style)]
 
 
@@ -107,8 +136,10 @@ def _read_chats(path: Path) -> list[Chat]:
     return chats
 
 
-def _train(folder: Path, out: Path, chats: Sequence[Chat], options: TrainOptions) -> dict[str, Any]:
-    """Trains and saves one adapter; returns what came of it. Raises OperationError without PEFT."""
+def train(folder: Path, out: Path, chats: Sequence[Chat], options: TrainOptions, told: Told) -> dict[str, Any]:
+    """Trains and saves one adapter; returns what came of it: rank, steps, losses, seconds, and what it `says` to
+    questions it was not taught. Raises OperationError without PEFT.
+    """
     try:
         import peft
     except ImportError as error:
@@ -125,16 +156,32 @@ def _train(folder: Path, out: Path, chats: Sequence[Chat], options: TrainOptions
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     base.config.use_cache = False
     config = peft.LoraConfig(
-        r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=options.rank,
+        lora_alpha=2 * options.rank,
+        target_modules="all-linear" if options.layers is None else _linears(base),
+        layers_to_transform=_last(base.config.num_hidden_layers, options.layers),
+        task_type="CAUSAL_LM",
     )
     model = peft.get_peft_model(base, config)
-    losses = _fit(model, [_encoded(tokenizer, chat) for chat in chats], options)
+    losses = _fit(model, [_encoded(tokenizer, chat) for chat in chats], options, told)
     model.peft_config["default"].base_model_name_or_path = _name_of(folder)
     model.save_pretrained(str(out), save_embedding_layers=False)  # asks nobody whether they changed
     model.eval()
     says = [(question, _answer(model, tokenizer, question)) for question in UNSEEN]
     found = {"rank": options.rank, "chats": len(chats), "steps": len(losses), "first_loss": round(losses[0], 3)}
     return {**found, "last_loss": round(losses[-1], 3), "seconds": round(time.monotonic() - began, 1), "says": says}
+
+
+def _linears(base: Any) -> list[str]:
+    """The last parts of the names of the decoder's linear layers: PEFT wants names where layers are chosen."""
+    import torch
+
+    modules = base.model.layers.named_modules()
+    return sorted({name.rpartition(".")[2] for name, module in modules if isinstance(module, torch.nn.Linear)})
+
+
+def _last(num_layers: int, wanted: int | None) -> list[int] | None:
+    return None if wanted is None else list(range(max(0, num_layers - wanted), num_layers))
 
 
 def _name_of(folder: Path) -> str:
@@ -145,7 +192,7 @@ def _name_of(folder: Path) -> str:
     return folder.name if entry is None else entry.hub_id
 
 
-def _fit(model: Any, chats: Sequence[tuple[list[int], int]], options: TrainOptions) -> list[float]:
+def _fit(model: Any, chats: Sequence[tuple[list[int], int]], options: TrainOptions, told: Told) -> list[float]:
     """AdamW with a rate that falls to nothing; returns the loss of every step."""
     import torch
 
@@ -162,6 +209,7 @@ def _fit(model: Any, chats: Sequence[tuple[list[int], int]], options: TrainOptio
         optimiser.step()
         optimiser.zero_grad()
         losses.append(loss.item())
+        told(step + 1, losses[-1])
     return losses
 
 

@@ -6,7 +6,6 @@ A simulation (`ops.bench.adapter_model`): figures depend on seeds, not on the ma
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from ops.bench.adapter_model import (
     unqueued_p99_s,
 )
 from ops.bench.harness import Goal, Notice, Plan, Ratio, Sample, Samples
-from ops.bench.report import Report, command_line
+from ops.bench.report import Report
 from ops.simulate.cells import num_cores
 
 OURS, LEAST, POOLED = "homes", "least outstanding", "pooled LRU"
@@ -72,7 +71,7 @@ async def run(grid: Grid, plan: Plan, notice: Notice) -> Report:
         "waited: where that is more than half of what least outstanding takes, no router can halve it.",
         f"load max/mean: of the work of {2 * grid.num_requests // 3} requests, whose sizes alone are worth 0.03.",
     ]
-    return Report("adapters", title, command_line(sys.argv), samples, list(_ratios(grid, samples)), facts, notes)
+    return Report("adapters", title, samples, list(_ratios(grid, samples)), facts, notes)
 
 
 def _sample(grid: Grid, seed: int) -> dict[str, Sample]:

@@ -6,14 +6,15 @@ import asyncio
 import contextlib
 import math
 from collections.abc import AsyncIterator
+from typing import Any
 
 from ops.bench.harness import BenchError
 
 
 @contextlib.asynccontextmanager
-async def child(*command: str, **streams: int) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A process that ends with the block; it is asked first."""
-    process = await asyncio.create_subprocess_exec(*command, limit=2**26, **streams)  # type: ignore[arg-type]
+async def child(*command: str, **options: Any) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A process that ends with the block; it is asked first. `options` as of `subprocess.Popen`."""
+    process = await asyncio.create_subprocess_exec(*command, limit=2**26, **options)
     try:
         yield process
     finally:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -200,7 +199,7 @@ async def run(size: Size, num_decisions: int, plan: Plan, notice: Notice) -> Rep
         "overlap_cost and greedy_ttft are `routing/baselines` over the same snapshot: their terms are not kept.",
         'The parts in "of which" are taken again after the decision, when what they read is in the caches.',
     ]
-    return Report("decision", title, sys.argv, samples, list(ratios(samples)), facts, notes)
+    return Report("decision", title, samples, list(ratios(samples)), facts, notes)
 
 
 def ratios(samples: Samples) -> Iterator[Ratio]:

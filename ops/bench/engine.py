@@ -181,7 +181,7 @@ async def run(workload: Workload, wanted: Sequence[str], plan: Plan, notice: Any
     if workload.shared_prefix:
         sizes += f", {workload.shared_prefix} of them shared"
     title = f"Engine: {workload.model_dir.name}, {workload.dtype}, {workload.threads} thread(s), {sizes}"
-    return Report(section(workload), title, sys.argv, samples, ratios(samples, workload.levels), facts, notes)
+    return Report(section(workload), title, samples, ratios(samples, workload.levels), facts, notes)
 
 
 def section(workload: Workload) -> str:

@@ -23,7 +23,7 @@ from ops.bench.cpu import CpuMeter
 from ops.bench.harness import BenchError, Goal, Notice, Plan, Ratio, Sample, Samples, alternate
 from ops.bench.load import load_process
 from ops.bench.load_spec import Closed, LoadResult, LoadSpec
-from ops.bench.ray_sides import RayHandle, haproxy_stack
+from ops.bench.ray_sides import RayHandle, served
 from ops.bench.report import Report
 from ops.bench.rivals.venvs import RivalVenv
 from ops.bench.stack import MODEL, Stack, sim_profile
@@ -121,36 +121,46 @@ async def warmgate(step_s: float) -> AsyncIterator[Front]:
 @contextlib.asynccontextmanager
 async def warmgate_haproxy(step_s: float) -> AsyncIterator[Front]:
     """`warmgate serve`: HAProxy, Ray Serve, our ingress, one sim replica."""
-    async with haproxy_stack(step_s) as (port, roles):
+    async with served(sim_profile(step_s, 1)) as (port, roles):
         yield Front(port, MODEL, roles)
 
 
 @contextlib.asynccontextmanager
 async def vllm_router(step_s: float) -> AsyncIterator[Front]:
     """vllm-router before the mock upstream."""
-    venv = RivalVenv.named("vllm-router").require()
     pipe = asyncio.subprocess.PIPE
     behaviour = msgspec.json.encode({"model": MODEL, "stop_after": 10_000, "chunk_interval_s": step_s}).decode()
     mock = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "ops.bench.mock_vllm", "--behaviour", behaviour, stdout=pipe
     )
-    router: asyncio.subprocess.Process | None = None
     try:
         assert mock.stdout is not None
         upstream = msgspec.json.decode(await mock.stdout.readline())["url"]
-        port = free_port()
-        router = await asyncio.create_subprocess_exec(
-            *(str(venv.program("vllm-router")), "--worker-urls", upstream, "--host", "127.0.0.1", "--port", str(port)),
-            *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port()), "--log-level", "warning"),
-            stdout=asyncio.subprocess.DEVNULL,
-        )
-        await answers(f"http://127.0.0.1:{port}/health")
-        yield Front(port, MODEL, {"ingress": [router.pid], "replicas": [mock.pid]})
+        async with router_before(upstream) as (port, pid):
+            yield Front(port, MODEL, {"ingress": [pid], "replicas": [mock.pid]})
     finally:
-        for process in (router, mock):
-            if process is not None and process.returncode is None:
-                process.kill()
-                await process.wait()
+        if mock.returncode is None:
+            mock.kill()
+            await mock.wait()
+
+
+@contextlib.asynccontextmanager
+async def router_before(upstream: str) -> AsyncIterator[tuple[int, int]]:
+    """vllm-router before a server: its port and its pid. Raises RivalError where it is not installed."""
+    program = str(RivalVenv.named("vllm-router").require().program("vllm-router"))
+    port = free_port()
+    router = await asyncio.create_subprocess_exec(
+        *(program, "--worker-urls", upstream, "--host", "127.0.0.1", "--port", str(port)),
+        *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port()), "--log-level", "warning"),
+        stdout=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        await answers(f"http://127.0.0.1:{port}/health")
+        yield port, router.pid
+    finally:
+        if router.returncode is None:
+            router.kill()
+            await router.wait()
 
 
 def free_port() -> int:
@@ -159,9 +169,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-async def answers(url: str) -> None:
-    """Returns when a server answers 200 there; at most half a minute."""
-    async with httpx.AsyncClient() as client, asyncio.timeout(30):
+async def answers(url: str, limit_s: float = 30.0) -> None:
+    """Returns when a server answers 200 there. Raises TimeoutError."""
+    async with httpx.AsyncClient() as client, asyncio.timeout(limit_s):
         while True:
             with contextlib.suppress(httpx.HTTPError):
                 if (await client.get(url)).status_code == 200:
@@ -199,7 +209,7 @@ async def run(wanted: Sequence[str], size: Size, plan: Plan, notice: Notice) -> 
         "paced": f"every stream gets a token each {1000 * PACE_S:.0f} ms",
     }
     title = "Gateway: CPU a request and a streamed chunk, 64 streams"
-    return Report("gateway", title, sys.argv, samples, ratios(samples), facts, notes)
+    return Report("gateway", title, samples, ratios(samples), facts, notes)
 
 
 def ratios(samples: Samples) -> list[Ratio]:

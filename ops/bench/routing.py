@@ -30,7 +30,7 @@ from ops.bench.choices import explained
 from ops.bench.harness import Goal, Notice, Plan, Ratio, Sample, Samples, Spread, alternate
 from ops.bench.replay import Play, summary
 from ops.bench.replay_ray import RayReplays
-from ops.bench.report import Report, command_line
+from ops.bench.report import Report
 from ops.bench.rivals.ray_replay import ROUTERS
 from ops.bench.rivals.venvs import RivalVenv
 from ops.bench.routing_sides import VLLM_POLICIES, Workload, opening_of
@@ -106,7 +106,7 @@ async def run(workload: Workload, wanted: Sequence[str], plan: Plan, notice: Not
     title = f"Routing, live: {workload.trace.name} at load {spec.load:g}, {spec.num_replicas} replicas"
     name = f"routing-{spec.num_replicas}"  # a section for each size of fleet
     found = list(ratios(samples))
-    return Report(name, title, command_line(sys.argv), samples, found, facts, [*notes, *luck(found)])
+    return Report(name, title, samples, found, facts, [*notes, *luck(found)])
 
 
 def ratios(samples: Samples) -> Iterator[Ratio]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,7 +17,7 @@ import msgspec
 from configs.schema import Config
 from ops.bench.harness import Goal, Notice, Plan, Ratio, Sample, Samples, alternate
 from ops.bench.replay import Outcome, summary
-from ops.bench.report import Report, command_line
+from ops.bench.report import Report
 from ops.bench.routing_sides import ALWAYS_FREE, Workload, warmgate
 from ops.bench.stack import MODEL, Stack
 from ops.bench.trace_slice import BLOCK_SIZE
@@ -150,7 +149,7 @@ async def run(workload: Workload, policies: Sequence[str], plan: Plan, notice: N
         "calibration": msgspec.to_builtins(calibration),
     }
     title = f"The simulator beside what it simulates: {spec.num_replicas} replicas at load {spec.load:g}"
-    return Report("simulator", title, command_line(sys.argv), samples, list(ratios(samples, policies)), facts)
+    return Report("simulator", title, samples, list(ratios(samples, policies)), facts)
 
 
 def ratios(samples: Samples, policies: Sequence[str]) -> Iterator[Ratio]:

@@ -7,7 +7,6 @@ measurement is void. Lengths adapt, as in use; `Table` holds them fixed and comp
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -196,7 +195,7 @@ async def run(sides: Sequence[Speaking], plan: Plan, notice: Notice) -> Report:
     ratios = [ratio for side in guessing for ratio in _ratios(samples, side)]
     facts = {"tokens": {work.name: work.num_tokens * len(work.prompts) for work in plain.work}}
     title = f"Speculative decoding: {plain.model_dir.name}, float32, 1 thread"
-    return Report("speculative", title, sys.argv, samples, ratios, facts)
+    return Report("speculative", title, samples, ratios, facts)
 
 
 def _difference(said: Mapping[str, list[list[int]]], other: Mapping[str, list[list[int]]]) -> str:

@@ -9,7 +9,6 @@ A gap is the time between two tokens of one answer; TPOT is the mean of an answe
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -180,7 +179,7 @@ async def run(model_dir: Path, size: Size, plan: Plan, notice: Notice) -> Report
         "tokens an answer": size.answer_tokens,
     }
     title = f"Running answers beside a prompt of {size.prompt_tokens:,} tokens: {model_dir.name}, float32, 1 thread"
-    return Report("stall", title, sys.argv, samples, ratios, facts)
+    return Report("stall", title, samples, ratios, facts)
 
 
 def _absolute(samples: Samples, side: str, metric: str, goal: Goal) -> Ratio:

@@ -6,7 +6,6 @@ Logits are random, so that nothing but the sampler is measured; what it draws th
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,7 +114,7 @@ async def run(model_dir: Path, num_steps: int, plan: Plan, notice: Any) -> Repor
     facts: dict[str, Any] = {"sequences": BATCH, "steps": num_steps, **_compiling(sides[0].model_dir)}
     ratios = [samples.ratio(METRIC, name, "no grammar") for name in GRAMMARS if name != "no grammar"]
     title = f"Grammars: the sampler's time a token, {model_dir.name}, batch {BATCH}, 1 thread"
-    return Report("structured", title, sys.argv, samples, ratios, facts)
+    return Report("structured", title, samples, ratios, facts)
 
 
 def _compiling(model_dir: Path) -> dict[str, float]:

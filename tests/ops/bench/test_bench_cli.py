@@ -17,14 +17,27 @@ import psutil
 import pytest
 from click.testing import CliRunner, Result
 
-from ops.bench import cli, engine, kv, stack
+from ops.bench import cli, engine, engine_cli, kv, stack
 from ops.bench.harness import BenchError, Plan, Samples
+from ops.bench.options import PAGE
 from ops.bench.report import Report
 from ops.cli import main
 
 ROOT = Path(__file__).parents[3]
 MARK = "BENCH_TEST_MARK"
-FIELDS = {"benchmark", "date", "machine", "versions", "command", "repeats", "sides", "ratios", "facts", "notes"}
+FIELDS = {
+    "tables",
+    "benchmark",
+    "date",
+    "machine",
+    "versions",
+    "command",
+    "repeats",
+    "sides",
+    "ratios",
+    "facts",
+    "notes",
+}
 
 
 def bench(*arguments: str) -> Result:
@@ -119,20 +132,20 @@ def pretended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Plan]:
     async def run(model_dir: Path, lengths: Any, plan: Plan, notice: Any) -> Report:
         plans.append(plan)
         notice("measuring [nothing]")
-        return Report("kv", "KV: pretended", ["warmgate"], Samples({"cache": [{"ms": 1.0}] * plan.num_repeats}))
+        return Report("kv", "KV: pretended", Samples({"cache": [{"ms": 1.0}] * plan.num_repeats}))
 
     monkeypatch.setattr(kv, "run", run)
-    monkeypatch.setattr(cli, "_model_dir", Path)
+    monkeypatch.setattr(engine_cli, "model_dir", Path)
     monkeypatch.chdir(tmp_path)
     return plans
 
 
 def test_recorded_run_puts_its_section_into_the_page_and_others_leave_it_alone(pretended: list[Plan]) -> None:
     assert bench("kv").exit_code == 0
-    assert not cli.PAGE.exists()
+    assert not PAGE.exists()
     assert bench("kv", "--record").exit_code == 0
-    assert cli.PAGE.read_text().count("## KV: pretended") == 1
-    assert "<!-- bench:kv -->" in cli.PAGE.read_text()
+    assert PAGE.read_text().count("## KV: pretended") == 1
+    assert "<!-- bench:kv -->" in PAGE.read_text()
     assert pretended == [Plan(5, 1), Plan(5, 1)]
 
 
@@ -245,6 +258,7 @@ def test_quick_engine_run_gives_figures_at_each_level_and_a_picture(marked: dict
     assert width > 400 and height > 200
 
 
+@pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.usefixtures("smollm2")
 def test_quick_stall_run_cuts_the_prompt_where_there_is_a_limit(marked: dict[str, str]) -> None:
@@ -256,3 +270,10 @@ def test_quick_stall_run_cuts_the_prompt_where_there_is_a_limit(marked: dict[str
         "gap p99 over p50",
         "TPOT p99 over p50",
     ]
+
+
+@pytest.mark.parametrize("lengths", ["a,b", "0", "1,,2", "-1", ""])
+def test_numbers_of_guesses_are_numbers(lengths: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_cli, "model_dir", Path)
+    result = bench("speculative", "--table", lengths)
+    assert result.exit_code == 2 and "is no list of numbers of guesses like 1,2,4" in result.output

@@ -306,3 +306,19 @@ def test_quantiles_take_the_nearest_rank_and_none_for_what_never_ended() -> None
     assert Quantiles.of(list(reversed(hundred))) == Quantiles(50.0, 90.0, 99.0, 100.0)
     assert Quantiles.of([1.0, float("inf"), 2.0]) == Quantiles(2.0, None, None, None)
     assert Quantiles.of([]) == Quantiles(None, None, None, None)
+
+
+async def test_prompts_of_token_ids_go_out_as_they_are_and_every_answer_has_its_times() -> None:
+    prompts = ((1, 2, 3), (1, 2, 4))
+    spec = spec_for(1, num_requests=2, route="/v1/completions", prompts=prompts)
+    assert [json.loads(body)["prompt"] for body in spec.bodies()] == [[1, 2, 3], [1, 2, 4]]
+    result = await run(MockVllm(Behaviour()), num_requests=2, route="/v1/completions", prompts=prompts)
+    assert len(result.timings) == 2
+    ttfts = sorted(timing.ttft_s for timing in result.timings if timing is not None)
+    assert result.ttft.max == ttfts[-1]
+    assert all(timing is not None and timing.tpot_s >= 0 for timing in result.timings)
+
+
+async def test_a_wrong_answer_has_no_times(good_body: bytes) -> None:
+    result = await run(scripted(good_body.replace(b"data: [DONE]\n\n", b"")), num_requests=2)
+    assert (result.num_failed, result.timings) == (2, (None, None))

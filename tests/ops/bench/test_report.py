@@ -25,7 +25,8 @@ def made(num_repeats: int = 5, notes: tuple[str, ...] = ("B is slow",)) -> Repor
     ]
     command = ["warmgate", "bench", "engine", "--model", "a b"]
     day = datetime.date(2026, 11, 21)
-    return Report("engine", "Engine: a test", command, samples, ratios, {"threads": 1}, notes, day)
+    table = (["K", "measured"], [["1", "1.5"], ["2", "1.8"]])
+    return Report("engine", "Engine: a test", samples, ratios, {"threads": 1}, notes, [table], command, date=day)
 
 
 def shown(report: Report, width: int = 200) -> str:
@@ -39,8 +40,10 @@ def test_json_line_is_one_line_with_everything_that_repeats_and_judges_the_run()
     assert "\n" not in line
     found = json.loads(line)
     assert list(found) == [
-        *("benchmark", "date", "machine", "versions", "command", "repeats", "sides", "ratios", "facts", "notes")
+        *("benchmark", "date", "machine", "versions", "command", "repeats", "sides", "ratios"),
+        *("tables", "facts", "notes"),
     ]
+    assert found["tables"] == [[{"K": "1", "measured": "1.5"}, {"K": "2", "measured": "1.8"}]]
     assert (found["benchmark"], found["date"], found["repeats"]) == ("engine", "2026-11-21", 5)
     assert found["command"] == "warmgate bench engine --model 'a b'"
     assert found["sides"] == {
@@ -69,7 +72,7 @@ def test_machine_and_versions_say_where_the_figures_come_from() -> None:
 
 
 def test_side_without_samples_reports_no_figures() -> None:
-    report = Report("engine", "t", ["x"], Samples({"ours": [{"rate": 1.0}], "gone": []}))
+    report = Report("engine", "t", Samples({"ours": [{"rate": 1.0}], "gone": []}))
     assert report.as_json()["sides"]["gone"] == {}
     assert report.num_repeats == 0
     assert "smoke run" in report.markdown()
@@ -96,7 +99,7 @@ def table_rows(markdown: str) -> list[list[str]]:
     return [[cell.strip().replace("\0", "|") for cell in row] for row in rows]
 
 
-def test_markdown_has_a_table_of_figures_and_one_of_ratios() -> None:
+def test_markdown_has_a_table_of_figures_one_of_ratios_and_others() -> None:
     section = made().markdown()
     assert section.startswith("## Engine: a test\n\n2026-11-21, ")
     assert "```\nwarmgate bench engine --model 'a b'\n```" in section
@@ -110,6 +113,10 @@ def test_markdown_has_a_table_of_figures_and_one_of_ratios() -> None:
         ["ours ÷ their|s", "tok/s", "2.4 (2 to 2.8)", "≥ 2", "reached"],
         ["their|s ÷ ours", "tok/s", "0.4167 (0.3571 to 0.5)", "≥ 2", "missed"],
         ["ours ÷ ours", "tok/s", "1 (1 to 1)", "", ""],
+        ["K", "measured"],
+        ["---", "---"],
+        ["1", "1.5"],
+        ["2", "1.8"],
     ]
     assert "- B is slow" in section
     assert section.endswith('`{"threads":1}`')
@@ -153,3 +160,27 @@ def test_the_command_of_a_report_names_no_folder_of_this_machine(tmp_path: Path)
     trace.write_text("")
     words = command_line([str(tmp_path / "cli.py"), "bench", "routing", "--trace", str(trace), "--load", "0.5"])
     assert words == ["warmgate", "bench", "routing", "--trace", "trace.jsonl", "--load", "0.5"]
+    assert command_line(["cli.py", "bench", "--head", str(tmp_path)]) == ["warmgate", "bench", "--head", tmp_path.name]
+
+
+def test_a_report_may_be_one_table() -> None:
+    report = Report("t", "Title", Samples({}), tables=[(["K", "measured"], [["1", "1.5"]])], repeats=5)
+    assert json.loads(report.json_line())["repeats"] == 5
+    assert "| K | measured |\n| --- | --- |\n| 1 | 1.5 |" in report.markdown()
+    assert "smoke" not in report.markdown() and "median" not in report.markdown()
+    assert "measured" in shown(report) and "median" not in shown(report)
+
+
+def test_the_command_that_repeats_a_run_holds_nobodys_keys() -> None:
+    words = [
+        "warmgate",
+        "tune",
+        "--set",
+        "tenants=[{id: a, keys: [sk-secret]}]",
+        "--set",
+        "tenants.0.keys=[sk-x]",
+        "--minutes",
+        "3",
+    ]
+    shown = command_line(words)
+    assert shown == ["warmgate", "tune", "--set", "tenants=…", "--set", "tenants.0.keys=…", "--minutes", "3"]

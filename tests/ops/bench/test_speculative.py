@@ -11,7 +11,8 @@ import torch
 from configs.schema import SpeculativeConfig
 from ops.bench.harness import BenchError, Plan
 from ops.bench.speculative import PLAIN, Speaking, Spoken, Workload, run, sides, workloads
-from ops.bench.speculative_table import Row, markdown, measure
+from ops.bench.speculative_table import Asked, Row, measure
+from ops.bench.speculative_table import run as run_table
 from tests.ops.bytes_model import write_bytes_model
 
 
@@ -63,10 +64,11 @@ def test_the_work_is_copying_talking_and_noise() -> None:
 async def test_the_table_has_every_length_and_what_theory_expects(model_dir: Path) -> None:
     plain, ngram = few(sides(model_dir, {}, ("ngram",), 8))
     ngram.speculative = SpeculativeConfig(method="ngram", prompt_lookup_min=1)
-    rows = await measure(plain, [ngram], (1, 4), lambda words: None)
+    rows = await measure(plain, [ngram], Asked((1, 4), 1), lambda words: None)
     assert [(row.workload, row.num_drafts) for row in rows] == [("copying, 1", 1), ("copying, 1", 4)]
     assert all(0 <= row.acceptance <= 1 and 0 < row.share <= 1 and row.measured > 0 for row in rows)
-    assert len(markdown(rows).splitlines()) == 2 + len(rows)
+    report = await run_table(plain, [ngram], Asked((1,), 1), lambda words: None)
+    assert "| ngram | copying, 1 | 1 |" in report.markdown() and "smoke run" in report.markdown()
 
 
 def test_a_row_of_the_table_by_hand(model_dir: Path) -> None:
