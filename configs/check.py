@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from configs.adapters.place import Remote, Roots, place_of, without_secrets
 from configs.catalogue import SIM_BYTES
 from configs.errors import ConfigError, KeyPath, show_key
-from configs.lora import LoraError, lora_folder, read_lora
-from configs.schema import AdapterConfig, Config, EngineConfig
+from configs.lora import LoraError, read_lora
+from configs.schema import AdapterConfig, AdapterSourceConfig, Config, EngineConfig, GroupConfig, VllmConfig
 from configs.tokenizer import find_model
+from configs.vllm_check import unfit_for_vllm
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "0.0.0.0", "::")
 
@@ -33,6 +35,7 @@ def problems(config: Config) -> list[Problem]:
         *_unserved(config),
         *_tenants(config),
         *_adapters(config),
+        *_adapter_places(config),
         *_ports(config),
         *_addresses(config),
         *_times(config),
@@ -53,15 +56,21 @@ def missing_models(config: Config, home: Path) -> list[Problem]:
 
 
 def broken_adapters(config: Config) -> list[Problem]:
-    """Adapters whose checkpoints are not on this machine, or cannot be served by any group of their model."""
+    """Adapters whose checkpoints are not on this machine, or cannot be served by any group of their model; those at
+    URLs are looked at when they are loaded."""
     found = []
+    roots = Roots(tuple(place_of(root) for root in config.adapter_files.roots))
     for i, adapter in enumerate(config.adapters):
-        engines = [g.engine for g in config.groups if g.model == adapter.base_model and g.engine.kind == "native"]
+        engines = [g.engine for g in config.groups if g.model == adapter.base_model and g.engine.kind != "sim"]
         ranks = [engine.max_lora_rank for engine in engines if engine.max_adapters]
         if not ranks:
             continue
         try:
-            rank = read_lora(_adapter_folder(adapter)).config.max_rank
+            place = place_of(adapter.path)
+            if isinstance(place, Remote):
+                continue
+            roots.check(place)
+            rank = read_lora(place.path).config.max_rank
         except LoraError as error:
             found.append(Problem(("adapters", i, "path"), str(error)))
             continue
@@ -71,13 +80,6 @@ def broken_adapters(config: Config) -> list[Problem]:
             reason = f"its checkpoint has rank {rank}, beyond engine.max_lora_rank ({max(ranks)})"
             found.append(Problem(("adapters", i, "path"), reason))
     return found
-
-
-def _adapter_folder(adapter: AdapterConfig) -> Path:
-    folder = lora_folder(adapter.path)
-    if not adapter.path or not folder.is_absolute():
-        raise LoraError(f"needs an absolute path, replicas have working folders of their own; got {adapter.path!r}")
-    return folder
 
 
 def num_slots(engine: EngineConfig) -> int:
@@ -118,8 +120,14 @@ def _groups(config: Config) -> Iterator[Problem]:
             known = ", ".join(models)
             yield Problem(("groups", i, "model"), f"no model {group.model!r} in this profile; there is: {known}")
             continue
-        if engine.kind == "native" and model.source == SIM_BYTES:
-            yield Problem(("groups", i, "engine"), f"{SIM_BYTES} has no weights: needs engine.kind sim, not native")
+        if engine.kind in ("native", "vllm") and model.source == SIM_BYTES:
+            reason = f"{SIM_BYTES} has no weights: needs engine.kind sim, not {engine.kind}"
+            yield Problem(("groups", i, "engine"), reason)
+        if engine.kind == "vllm":
+            yield from (Problem(("groups", i, "engine", *key), reason) for key, reason in unfit_for_vllm(engine))
+        yield from (Problem(("groups", i, "engine", *key), reason) for key, reason in _upstream(group))
+        if engine.kind != "vllm" and engine.vllm != VllmConfig():
+            yield Problem(("groups", i, "engine", "vllm"), f"only engine.kind vllm looks at it, not {engine.kind}")
         if engine.max_num_batched_tokens < engine.max_num_seqs:
             reason = f"must be at least max_num_seqs ({engine.max_num_seqs}), got {engine.max_num_batched_tokens}"
             yield Problem(("groups", i, "engine", "max_num_batched_tokens"), reason)
@@ -130,11 +138,30 @@ def _groups(config: Config) -> Iterator[Problem]:
             yield Problem(("groups", i, "engine", "block_size"), reason)
 
 
+def _upstream(group: GroupConfig) -> Iterator[tuple[KeyPath, str]]:
+    """(key within the engine, reason)."""
+    engine, upstream = group.engine, group.engine.upstream
+    if engine.kind != "openai":
+        if upstream is not None:
+            yield ("upstream",), f"only engine.kind openai looks at it, not {engine.kind}"
+        return
+    if upstream is None:
+        yield ("kind",), "openai needs engine.upstream.url, the server's address"
+        return
+    url = urlsplit(upstream.url)
+    if url.scheme not in ("http", "https") or not url.hostname or _port_of(upstream.url) == 0:
+        yield ("upstream", "url"), f"expected http://host:port or https://…, got {without_password(upstream.url)!r}"
+    if group.replicas != 1:
+        yield ("upstream", "url"), f"a server is one replica: a group for each, instead of replicas: {group.replicas}"
+    if engine.max_adapters:
+        yield ("max_adapters",), "adapters of a foreign server are its own"
+
+
 def _speculative(key: KeyPath, engine: EngineConfig) -> Iterator[Problem]:
     config = engine.speculative
     assert config is not None
     takes_model = config.method in ("draft_model", "mlp_speculator")
-    if takes_model and config.model is None and engine.kind == "native":
+    if takes_model and config.model is None and engine.kind in ("native", "vllm"):
         yield Problem(key, f"method {config.method} needs a model")
     if not takes_model and config.model is not None:
         yield Problem((*key, "model"), f"method {config.method} takes no model")
@@ -178,21 +205,46 @@ def _tenants(config: Config) -> Iterator[Problem]:
 def _adapters(config: Config) -> Iterator[Problem]:
     versions = [((("adapters", i)), f"{a.name}@{a.version}") for i, a in enumerate(config.adapters)]
     yield from _repeated(versions, "adapter version")
-    ids = {model.id for model in config.models}
-    tenants = {tenant.id for tenant in config.tenants}
-    slots = {group.model for group in config.groups if num_slots(group.engine)}
     for i, adapter in enumerate(config.adapters):
         named = config.model_named(adapter.name)
         if named is not None:
             yield Problem(("adapters", i, "name"), f"{adapter.name!r} is a name of model {named.id!r}")
-        if adapter.base_model not in ids:
-            known = ", ".join(sorted(ids))
-            reason = f"no model {adapter.base_model!r} in this profile; there is: {known}"
-            yield Problem(("adapters", i, "base_model"), reason)
-        elif adapter.base_model not in slots:
-            yield Problem(("adapters", i, "base_model"), f"no group of model {adapter.base_model!r} has adapter slots")
-        if adapter.owner is not None and adapter.owner not in tenants:
-            yield Problem(("adapters", i, "owner"), f"no tenant {adapter.owner!r} in this profile")
+        yield from _belongs(config, ("adapters", i), adapter)
+
+
+def _belongs(config: Config, key: KeyPath, adapters: AdapterConfig | AdapterSourceConfig) -> Iterator[Problem]:
+    """Whose adapters they are, and of which model."""
+    ids = {model.id for model in config.models}
+    if adapters.base_model not in ids:
+        known = ", ".join(sorted(ids))
+        yield Problem((*key, "base_model"), f"no model {adapters.base_model!r} in this profile; there is: {known}")
+    elif not any(group.model == adapters.base_model and num_slots(group.engine) for group in config.groups):
+        yield Problem((*key, "base_model"), f"no group of model {adapters.base_model!r} has adapter slots")
+    if adapters.owner is not None and all(tenant.id != adapters.owner for tenant in config.tenants):
+        yield Problem((*key, "owner"), f"no tenant {adapters.owner!r} in this profile")
+
+
+def _adapter_places(config: Config) -> Iterator[Problem]:
+    """Sources and roots: what their URLs mean, not what is there."""
+    sources = config.adapter_sources
+    urls = ((("adapter_sources", i, "url"), without_secrets(s.url.rstrip("/"))) for i, s in enumerate(sources))
+    yield from _repeated(urls, "source")
+    for i, source in enumerate(sources):
+        yield from _belongs(config, ("adapter_sources", i), source)
+        try:
+            place = place_of(source.url)
+        except LoraError as error:
+            yield Problem(("adapter_sources", i, "url"), str(error))
+            continue
+        if not isinstance(place, Remote):
+            yield Problem(("adapter_sources", i, "url"), f"expected a URL, of this folder file://{place}")
+        elif place.url != source.url:
+            yield Problem(("adapter_sources", i, "url"), f"write it as {place.url}")
+    for i, root in enumerate(config.adapter_files.roots):
+        try:
+            place_of(root)
+        except LoraError as error:
+            yield Problem(("adapter_files", "roots", i), str(error))
 
 
 def _ports(config: Config) -> Iterator[Problem]:

@@ -90,6 +90,18 @@ def read_value(text: str) -> Any:
     return read_text(text, "value").tree if text.strip() else ""
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever the loader would read as something else than text."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def write_text(tree: Any) -> str:
+    """YAML that `read_text` reads as this tree of dicts, lists and scalars again."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
 def _syntax_error(error: yaml.MarkedYAMLError, name: str) -> ConfigError:
     mark = error.problem_mark or error.context_mark
     words = ", ".join(part for part in (error.context, error.problem) if part)

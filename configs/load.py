@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
@@ -213,4 +213,7 @@ def _shown(value: Any) -> str:
 
 
 def _choices(kind: Any) -> list[str]:
-    return [str(choice) for choice in getattr(kind, "__args__", ())]
+    """Of a Literal, or a Literal or nothing."""
+    options = getattr(kind, "__args__", ())
+    literals = [option for option in options if get_origin(option) is Literal]
+    return [str(choice) for choice in (get_args(literals[0]) if literals else options)]

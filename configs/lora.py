@@ -25,7 +25,11 @@ Json: TypeAlias = Mapping[str, Any]
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 MAX_RANK = 512
-MAX_HEADER_BYTES = 64 * 1024 * 1024
+MAX_HEADER_BYTES = 4 * 1024 * 1024
+"""A decoder of a hundred layers needs a quarter of one; reading it holds everybody up."""
+
+_MAX_WORDS = 600
+MAX_CONFIG_BYTES = 1024 * 1024
 
 _ALL_LINEAR = "all-linear"
 _ENDS = {"lm_head": "the output layer", "model.embed_tokens": "the token embeddings"}
@@ -59,7 +63,10 @@ their checkpoints are only right on top of what they changed."""
 
 
 class LoraError(ValueError):
-    """A checkpoint that cannot be read, or cannot be served here; the message says why."""
+    """A checkpoint that cannot be read, or cannot be served here; the message says why, whatever a stranger wrote."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message[:_MAX_WORDS].encode(errors="replace").decode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +181,10 @@ def read_lora(folder: Path) -> LoraFiles:
             instead = f"; {', '.join(others)} cannot be served: save it as safetensors" if others else ""
             raise LoraError(f"{path} is missing{instead}")
         return LoraFiles(folder, config, read_header(path), path.stat().st_size)
-    except OSError as error:
-        raise LoraError(f"{folder} cannot be read: {error}") from error
+    except LoraError:
+        raise
+    except (OSError, ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as error:
+        raise LoraError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def parse_config(config: Json, path: Path) -> LoraConfig:
@@ -221,9 +230,11 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
             if name != "__metadata__"
         }
         end = max((about["data_offsets"][1] for name, about in header.items() if name != "__metadata__"), default=0)
+        if not isinstance(end, int):
+            raise LoraError(f"{path} has an end that is no number: {end!r}")
     except LoraError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LoraError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     if 8 + length + end != num_bytes:
         raise LoraError(f"{path} is cut off or damaged: {num_bytes} bytes, its header tells of {8 + length + end}")
@@ -322,7 +333,15 @@ def _found(pattern: regex.Pattern[str], name: str) -> regex.Match[str] | None:
 
 def _read_json(path: Path) -> Json:
     try:
-        value = json.loads(path.read_bytes())
+        if path.exists() and not path.is_file():
+            raise LoraError(f"{path} is no file")
+        with path.open("rb") as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)
+        if len(content) > MAX_CONFIG_BYTES:
+            raise LoraError(f"{path} has more than {MAX_CONFIG_BYTES} bytes")
+        value = json.loads(content)
+    except LoraError:
+        raise
     except FileNotFoundError as error:
         raise LoraError(f"{path} is missing") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -340,6 +359,13 @@ def same_model(name: str, known: str) -> bool:
     return _plain_name(name) == _plain_name(known)
 
 
+_QUANTISED = re.compile(r"awq|gptq|marlin|bnb|gguf|fp8|nf4|quantized|int[48]|[48]bit|w[48]a(8|16)|q[48](_\d)?")
+"""Words at the end of a name that say how the same model's weights are kept: adapters fit all of them."""
+
+
 def _plain_name(name: str) -> str:
-    last = name.rstrip("/").rpartition("/")[2]
-    return _WORDS.sub("", last.rpartition("--")[2].lower())
+    last = name.rstrip("/").rpartition("/")[2].rpartition("--")[2].lower()
+    words = [word for word in _WORDS.split(last) if word]
+    while len(words) > 1 and _QUANTISED.fullmatch(words[-1]):
+        words.pop()
+    return "".join(words)

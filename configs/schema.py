@@ -6,32 +6,27 @@ Only the shape lives here: reading files, environment and flags is `configs.load
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta
 
-Name: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
-ModelId: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
-Positive: TypeAlias = Annotated[int, Meta(ge=1)]
-NotNegative: TypeAlias = Annotated[int, Meta(ge=0)]
-PositiveF: TypeAlias = Annotated[float, Meta(gt=0)]
-NotNegativeF: TypeAlias = Annotated[float, Meta(ge=0)]
-Port: TypeAlias = Annotated[int, Meta(ge=1, le=65535)]
-
-
-class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A mapping in the profile."""
-
+from configs.adapters.sections import AdapterConfig as AdapterConfig
+from configs.adapters.sections import AdapterFilesConfig as AdapterFilesConfig
+from configs.adapters.sections import AdapterSourceConfig as AdapterSourceConfig
+from configs.section import ModelId as ModelId
+from configs.section import Name as Name
+from configs.section import NotNegative, NotNegativeF, Port, Positive, PositiveF
+from configs.section import Section as Section
 
 ToolCallParser: TypeAlias = Literal[
     "auto", "none", "hermes", "deepseek_v3", "deepseek_v31", "ernie45", "glm45", "glm47", "granite", "granite4",
     "hunyuan_a13b", "internlm", "jamba", "json", "kimi_k2", "lfm2", "llama3_json", "llama4_json", "llama4_pythonic",
-    "longcat", "mistral", "olmo3", "phi4_mini_json", "pythonic", "qwen3_coder", "qwen3_xml", "smollm2",
+    "longcat", "mistral", "olmo3", "openai", "phi4_mini_json", "pythonic", "qwen3_coder", "qwen3_xml", "smollm2",
 ]  # fmt: skip
 ReasoningParser: TypeAlias = Literal[
     "auto", "none", "deepseek_r1", "deepseek_v3", "ernie45", "glm45", "hunyuan_a13b", "kimi_k2", "minimax_m2",
-    "mistral", "nemotron_v3", "olmo3", "qwen3", "seed_oss", "step3",
+    "mistral", "nemotron_v3", "olmo3", "openai_gptoss", "qwen3", "seed_oss", "step3",
 ]  # fmt: skip
 
 
@@ -73,23 +68,6 @@ class SimConfig(Section, frozen=True):
     step_per_draft_s: NotNegativeF = 0.0001
 
 
-class AdapterConfig(Section, frozen=True):
-    """A LoRA adapter that clients name like a model; of several versions of one name the last counts.
-
-    `owner`: the one tenant that may use it; without one, every tenant that may use `base_model`. `pinned`: replicas
-    load it when they start, and keep it.
-    """
-
-    name: ModelId
-    base_model: ModelId
-    version: Name = "1"
-    path: str = ""
-    rank: Annotated[int, Meta(ge=1, le=512)] = 8
-    owner: Name | None = None
-    num_bytes: NotNegative = 0
-    pinned: bool = False
-
-
 class SpeculativeConfig(Section, frozen=True):
     """Speculative decoding: who guesses, and how far. vLLM's names where it has them.
 
@@ -110,13 +88,40 @@ class SpeculativeConfig(Section, frozen=True):
     lookahead_guesses: Annotated[int, Meta(ge=1, le=32)] = 5
 
 
+class VllmConfig(Section, frozen=True):
+    """What only vLLM has. `arguments`: any of its engine arguments by name, but for those that have a key of their own
+    here and those that are dangerous (`configs.vllm_arguments`).
+
+    On a CPU the KV cache has `engine.kv_cache_gib`, on GPUs vLLM's share of the memory, `gpu_memory_utilization`.
+    `enforce_eager`: no compilation, no CUDA graphs; by default just on a CPU, where compiling takes minutes.
+    """
+
+    tensor_parallel_size: Positive = 1
+    pipeline_parallel_size: Positive = 1
+    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = 0.9
+    enforce_eager: bool | None = None
+    arguments: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class UpstreamConfig(Section, frozen=True):
+    """A server that runs already and speaks OpenAI's API. `model`: its name there, if not the first it lists.
+    `kv_tokens`: what its prefix cache holds, where its metrics do not say."""
+
+    url: str
+    model: str | None = None
+    api_key_env: str | None = None
+    health_period_s: PositiveF = 1.0
+    kv_tokens: Positive | None = None
+
+
 Quantization: TypeAlias = Literal[
     "int8", "w8a8", "int4", "nf4", "bitsandbytes", "fp8", "awq", "gptq", "compressed-tensors", "gguf"
 ]
 
 
 class EngineConfig(Section, frozen=True):
-    """How a replica generates. `native` is the in-house engine; `sim` pretends, with the real scheduler and pool.
+    """How a replica generates. `native` is the in-house engine, `vllm` is vLLM, `openai` a server that runs already
+    (`upstream`); `sim` pretends, with the real scheduler and pool.
 
     `max_prefill_stall_s`: how much longer a step may take for the sake of others' prompts while answers are running;
     without it prompts get all of `max_num_batched_tokens`.
@@ -130,7 +135,7 @@ class EngineConfig(Section, frozen=True):
     torch's own operators.
     """
 
-    kind: Literal["native", "sim"] = "native"
+    kind: Literal["native", "vllm", "openai", "sim"] = "native"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     threads: Positive = 1
@@ -157,6 +162,8 @@ class EngineConfig(Section, frozen=True):
     structured: bool = True
     self_check: bool = True
     speculative: SpeculativeConfig | None = None
+    vllm: VllmConfig = VllmConfig()
+    upstream: UpstreamConfig | None = None
     sim: SimConfig = SimConfig()
 
 
@@ -289,6 +296,8 @@ class Config(Section, frozen=True):
     tenants: Annotated[tuple[TenantConfig, ...], Meta(min_length=1)]
     cluster: Name = "warmgate"
     adapters: tuple[AdapterConfig, ...] = ()
+    adapter_sources: tuple[AdapterSourceConfig, ...] = ()
+    adapter_files: AdapterFilesConfig = AdapterFilesConfig()
     routing: RoutingConfig = RoutingConfig()
     admission: AdmissionConfig = AdmissionConfig()
     redis: RedisConfig = RedisConfig()

@@ -18,6 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from gateway.api.adapters import Adapters
 from gateway.api.chat import ChatRequest, ChatRoute
 from gateway.api.completions import CompletionRequest, CompletionRoute
 from gateway.api.decisions import Decisions
@@ -87,7 +88,7 @@ def _paths(gateway: Gateway) -> list[Path]:
     chat = Generation(gateway, ChatRoute(), ChatRequest)
     completions = Generation(gateway, CompletionRoute(), CompletionRequest)
     models, tokens, health, decisions = Models(gateway), Tokenize(gateway), Health(gateway), Decisions(gateway)
-    adapters = LoraAdapters(gateway)
+    adapters, fleet = LoraAdapters(gateway), Adapters(gateway)
     return [
         Path("/version", GET, "version", health.version),
         Path("/metrics", GET, "metrics", health.metrics),
@@ -100,6 +101,8 @@ def _paths(gateway: Gateway) -> list[Path]:
         Path("/v1/routing/decisions/{request_id:path}", GET, "decisions", decisions.get_one),
         Path("/v1/unload_lora_adapter", POST, "unload_lora_adapter", adapters.unload),
         Path("/v1/load_lora_adapter", POST, "load_lora_adapter", adapters.load),
+        Path("/v1/adapters/{name:path}", ("GET", "DELETE"), "adapters", fleet.item),
+        Path("/v1/adapters", ("GET", "POST"), "adapters", fleet.collection),
         Path("/v1/completions", POST, completions.route_name, completions),
         Path("/v1/chat/completions", POST, chat.route_name, chat),
     ]

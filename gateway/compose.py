@@ -13,16 +13,21 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from random import Random, SystemRandom
 
 from starlette.types import ASGIApp
 
+from configs.adapters.files import AdapterFiles, fit_for
+from configs.check import num_slots
 from configs.grammars.guard import GrammarGuard
 from configs.runtime import Runtime
-from configs.schema import Config, ModelConfig
+from configs.schema import Config, EngineConfig, ModelConfig
 from configs.tokenizer import load_model_files
 from gateway.adapter_admin import AdapterAdmin, Trial
+from gateway.adapter_metrics import SourcesCollector
+from gateway.adapter_sources import AdapterSources, SourceTools
 from gateway.admission import Admission
 from gateway.app import build_app
 from gateway.decisions import DecisionLog
@@ -38,18 +43,24 @@ from gateway.prompt import Prompter
 from gateway.registry_metrics import RegistryCollector
 from gateway.router import Router
 from gateway.slot import Connect, Link, LinkEvents, Surroundings
-from gateway.tenancy import Tenants
-from gateway.types import Gateway
+from gateway.tenancy import Tenants, tenant_salt
+from gateway.types import Gateway, Tenant
 from ops.metrics import Metrics
 from replicas.channel import HandshakeError, LinkOptions, ReplicaLink
-from routing.adapters import AdapterRegistry, AdapterWatch, declared
+from routing.adapter_sources import SourceBoard
+from routing.adapter_watch import AdapterWatch
+from routing.adapters import AdapterRegistry, declared
 from routing.index import PrefixIndex
 from routing.kv_follow import KvSource
 from routing.kv_registry import KvRegistry, KvRegistryOptions
+from routing.lease import Lease
 from routing.questions import Questions
 from routing.registry import Member, MemberWatch
 from routing.shared_counts import SharedCounts
 from routing.store import Store, StoreError, StoreOptions
+
+SOURCES = "adapter-sources"
+"""In whose name adapters of sources are tried."""
 
 FIRST_LINKS_S = 2.0
 """How long a start waits for replicas that are there already, so that a new ingress routes like its siblings."""
@@ -80,6 +91,7 @@ class ComposedGateway:
     questions: Questions
     grammars: GrammarCheck
     counts: SharedCounts
+    sources: AdapterSources
 
     async def start(self) -> None:
         """Begins to watch and connect; returns soon, replicas or not. Raises OSError for a usage log it cannot open."""
@@ -102,6 +114,7 @@ class ComposedGateway:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FIRST_KV_S):
                 await self.kv_registry.caught_up()
+        self.sources.start()
 
     def check_health(self) -> None:
         """Raises RuntimeError when this process should be replaced: it answers nobody any more."""
@@ -110,6 +123,7 @@ class ComposedGateway:
 
     async def close(self) -> None:
         """Refuses who waits, drops every link, writes the books. Idempotent."""
+        await self.sources.close()
         await self.watch.close()
         await self.adapters.close()
         await self.questions.close()
@@ -149,7 +163,20 @@ async def compose(config: Config, runtime: Runtime, random: Random | None = None
     usage_log = config.telemetry.usage_log
     dispatcher = FleetDispatcher(fleet, admission, router, around)
     prompters = {model.id: await _prompter(model, runtime.home, around.metrics) for model in config.models}
-    trial = Trial(dispatcher, prompters.__getitem__, around.clock)
+    trial = Trial(
+        dispatcher,
+        prompters.__getitem__,
+        around.clock,
+        fleet.states,
+        AdapterFiles(config, runtime.home),
+        {model.id: fit_for(model, _engines(config, model), runtime.home) for model in config.models},
+    )
+    admin = AdapterAdmin(config, AdapterRegistry(store), adapters, trial)
+    sources = AdapterSources(
+        config.adapter_sources, _source_tools(admin, adapters, store, (ingress_id, runtime.secret))
+    )
+    if config.adapter_sources:
+        around.metrics.registry.register(SourcesCollector(sources, lambda: adapters.catalogue))
     gateway = Gateway(
         config=config,
         dispatcher=dispatcher,
@@ -162,7 +189,7 @@ async def compose(config: Config, runtime: Runtime, random: Random | None = None
         random=random,
         catalogue=lambda: adapters.catalogue,
         explainer=explainer,
-        adapters=AdapterAdmin(config, AdapterRegistry(store), adapters, trial),
+        adapters=admin,
         check_grammar=grammars,
     )
     return ComposedGateway(
@@ -177,6 +204,7 @@ async def compose(config: Config, runtime: Runtime, random: Random | None = None
         questions,
         grammars,
         counts,
+        sources,
     )
 
 
@@ -185,6 +213,25 @@ async def serve_gateway(config: Config, runtime: Runtime) -> ComposedGateway:
     composed = await compose(config, runtime)
     await composed.start()
     return composed
+
+
+def _engines(config: Config, model: ModelConfig) -> list[EngineConfig]:
+    """Those that take adapters of a model."""
+    return [group.engine for group in config.groups if group.model == model.id and num_slots(group.engine)]
+
+
+def _source_tools(admin: AdapterAdmin, watch: AdapterWatch, store: Store, own: tuple[str, bytes]) -> SourceTools:
+    """`own`: this ingress's id, and the cluster's secret."""
+    ingress_id, secret = own
+    numbers = count()
+    return SourceTools(
+        admin=admin,
+        watch=watch,
+        board=SourceBoard(store),
+        lease=Lease(store, "adapter-sources", ingress_id),
+        tenant=Tenant(SOURCES, tenant_salt(secret, SOURCES)),
+        draw=lambda: f"{ingress_id}-source-{next(numbers)}",
+    )
 
 
 def kv_sources(config: Config, fleet: Fleet) -> Iterator[KvSource]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import msgspec
 
 from gateway.admission import Admission
+from gateway.cold import too_late
 from gateway.errors import (
     AdapterNotLoadableError,
     ApiError,
@@ -43,7 +44,7 @@ MAX_DEATHS = 2
 """Replicas that may die over one request before it is refused: it may be what kills them."""
 
 _ELSEWHERE = frozenset({"draining", "overloaded", "engine_dead"})
-_NOT_LATER = frozenset({"overloaded", "adapter_not_found"})
+_NOT_LATER = frozenset({"overloaded", "adapter_not_found", "adapter_unreachable"})
 """What waiting for another replica does not mend, once all there are have said it."""
 
 
@@ -174,12 +175,18 @@ class JobStream:
         """Queue, then attempts, until there is a delta."""
         dispatcher, job = self._dispatcher, self._job
         request = dispatcher.router.request(job)
-        self._ticket = await dispatcher.admission.acquire(job, request, dispatcher.router.num_uncached(request))
+        try:
+            self._ticket = await dispatcher.admission.acquire(job, request, dispatcher.router.num_uncached(request))
+        except DeadlineError as error:  # it waited for a place, while its adapter may have been fetched for it
+            raise too_late(job, dispatcher.fleet.states(job.model.id), 0.0) or error from None
+        began = dispatcher.around.clock()
         try:
             async with asyncio.timeout(self._remaining_s()):
                 delta = await self._attempt(request)
         except TimeoutError:
-            raise DeadlineError("The deadline passed before the first token.") from None
+            placed = [s for s in dispatcher.fleet.states(job.model.id) if s.replica_id == self.replica_id]
+            late = too_late(job, placed, dispatcher.around.clock() - began)
+            raise late or DeadlineError("The deadline passed before the first token.") from None
         assert self._placement is not None
         if delta.num_cached_tokens is not None:
             self._num_uncached = job.num_prompt_tokens - delta.num_cached_tokens

@@ -7,6 +7,7 @@ Before the first byte it travels as a status; after it as an SSE `error` event (
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any
 
 from replicas.contract import Fault
@@ -15,7 +16,7 @@ from replicas.contract import Fault
 class ApiError(Exception):
     """Root. Subclasses fix `status` and `type`; `code` and `param` may be given per raise.
 
-    `retry_after_s` becomes `Retry-After` (whole seconds, at least 1) and `retry-after-ms`.
+    `retry_after_s` becomes `Retry-After` (whole seconds, rounded up, at least 1) and `retry-after-ms`.
     """
 
     status = 500
@@ -38,8 +39,8 @@ class ApiError(Exception):
         if self.retry_after_s is None:
             return {}
         return {
-            "retry-after": str(max(1, round(self.retry_after_s))),
-            "retry-after-ms": str(max(1, round(self.retry_after_s * 1000))),
+            "retry-after": str(max(1, ceil(self.retry_after_s))),
+            "retry-after-ms": str(max(1, ceil(self.retry_after_s * 1000))),
         }
 
 
@@ -111,6 +112,12 @@ class QueueFullError(ApiError):
     status, type, code = 429, "overloaded_error", "queue_full"
 
 
+class AdapterSlotsBusyError(ApiError):
+    """An adapter would have to wait beyond the request's deadline for others to leave their slots."""
+
+    status, type, code = 429, "overloaded_error", "adapter_slots_busy"
+
+
 class UnavailableError(ApiError):
     """Nobody can serve this now: no replica, draining, all breakers open."""
 
@@ -121,6 +128,20 @@ class RegistryUnavailableError(UnavailableError):
     """Redis, which the ingresses share what they know through, does not answer."""
 
     code = "registry_unavailable"
+
+
+class AdapterLoadingError(UnavailableError):
+    """An adapter is being loaded, and will be there after the request's deadline. `waited_s`: how long the request
+    waited for it."""
+
+    code = "adapter_loading"
+    waited_s = 0.0
+
+
+class AdapterUnreachableError(UnavailableError):
+    """Where an adapter's files should be cannot be read now."""
+
+    code = "adapter_unreachable"
 
 
 class ReplicaLostError(ApiError):
@@ -141,6 +162,9 @@ _BY_FAULT: dict[str, type[ApiError]] = {
     "context_length_exceeded": ContextLengthError,
     "unsupported_parameter": UnsupportedError,
     "adapter_not_found": ModelNotFoundError,
+    "adapter_loading": AdapterLoadingError,
+    "adapter_slots_busy": AdapterSlotsBusyError,
+    "adapter_unreachable": AdapterUnreachableError,
     "invalid_grammar": InvalidGrammarError,
     "grammar_too_complex": GrammarTooComplexError,
     "overloaded": QueueFullError,
@@ -154,5 +178,7 @@ _BY_FAULT: dict[str, type[ApiError]] = {
 def from_fault(fault: Fault) -> ApiError:
     """The client's view of an engine's fault."""
     cls = _BY_FAULT.get(fault.code, InternalError)
-    retry_after_s = 1.0 if cls.status in (429, 503) else None
+    retry_after_s = fault.retry_after_s
+    if retry_after_s is None and cls.status in (429, 503):
+        retry_after_s = 1.0
     return cls(fault.message, param=fault.param, retry_after_s=retry_after_s)

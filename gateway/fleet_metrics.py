@@ -8,6 +8,7 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
 
+from gateway.adapter_metrics import loads
 from gateway.fleet import Fleet
 from gateway.slot import Link
 from routing.registry import Member
@@ -49,6 +50,7 @@ class FleetCollector(Collector):
                 counter.add_metric((member.replica_id, member.model), getattr(link.stats, field))
             yield counter
         yield _accepted_by_position(links)
+        yield from loads(links)
         info = InfoMetricFamily("warmgate_replica", "Who each replica is.", labels=("replica",))
         for member, link in links:
             facts = link.facts

@@ -30,6 +30,7 @@ class UsageRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     `num_prompt_tokens` counts each prompt once however many choices it had; `num_completion_tokens` counts all that
     was generated, choices that were not returned (best_of) included. `model`: of an adapter (`name@version`) its base.
+    `adapter_wait_s`: how long it waited for that adapter to be loaded.
     """
 
     time: float
@@ -51,6 +52,7 @@ class UsageRecord(msgspec.Struct, frozen=True, kw_only=True):
     duration_s: float
     inter_token_s: float | None
     adapter: str | None = None
+    adapter_wait_s: float = 0.0
 
 
 class Ledger:
@@ -87,6 +89,7 @@ class Ledger:
                 num_prompt_tokens=record.num_prompt_tokens,
                 num_cached_tokens=record.num_cached_tokens,
                 num_completion_tokens=record.num_completion_tokens,
+                adapter_wait_s=record.adapter_wait_s,
             )
         )
         if self._writer is not None:

@@ -172,7 +172,8 @@ class Tenants:
             raise AuthenticationError(
                 "You didn't provide an API key. Send it in an Authorization header: Authorization: Bearer YOUR_KEY."
             )
-        raise AuthenticationError("Incorrect API key provided.")
+        hint = " Requests without an Authorization header need none here." if self._anonymous is not None else ""
+        raise AuthenticationError(f"Incorrect API key provided.{hint}")
 
     def quota(self, tenant: Tenant) -> Quota:
         return self._quotas[tenant.tenant_id]

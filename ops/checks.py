@@ -19,9 +19,11 @@ from configs.errors import ConfigError
 from configs.runtime import run_dir_for
 from configs.tokenizer import load_model_files
 from ops.doctor import Check, Finding, Patient
+from ops.gpu_memory import Card, group_on_card, needs_gpu
 from ops.instance import find_instance
 from ops.memory import GIB, group_memory, main_memory
 from ops.models import faults, read_manifest
+from ops.source_checks import adapter_sources
 from ops.valkey import EmbeddedValkey, ValkeyError, ping_url
 
 MIN_PYTHON = (3, 11)
@@ -173,7 +175,7 @@ def ray(patient: Patient) -> Iterator[Finding]:
 
 
 def cores(patient: Patient) -> Iterator[Finding]:
-    groups = [group for group in patient.profile.config.groups if group.engine.kind != "sim"]
+    groups = [group for group in patient.profile.config.groups if group.engine.kind not in ("sim", "openai")]
     threads = sum(group.replicas * group.engine.threads for group in groups if group.resources.num_gpus == 0)
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     detail = f"{found} cores, {threads} engine threads"
@@ -212,8 +214,10 @@ def memory(patient: Patient) -> Iterator[Finding]:
 
 
 def gpu(patient: Patient) -> Iterator[Finding]:
+    if patient.gpu_gib is not None:
+        return  # asked about other cards than these
     groups = patient.profile.config.groups
-    wanted = any(g.resources.num_gpus > 0 or g.engine.device.startswith("cuda") for g in groups)
+    wanted = any(needs_gpu(group) or group.engine.device.startswith("cuda") for group in groups)
     if not wanted and shutil.which("nvidia-smi") is None:
         yield Finding("gpu", "ok", "none here, none asked for")
         return
@@ -229,6 +233,38 @@ def gpu(patient: Patient) -> Iterator[Finding]:
     else:
         advice = "torch's CPU build is installed; the CUDA build would use it"
         yield Finding("gpu", "warn", "a GPU is here but torch cannot use it", advice)
+
+
+def gpu_memory(patient: Patient) -> Iterator[Finding]:
+    """Weights, KV cache and graphs against the card, for every group that runs on GPUs."""
+    config = patient.profile.config
+    groups = [group for group in config.groups if needs_gpu(group)]
+    card = _card(patient) if groups else None
+    if groups and card is None:
+        advice = "`warmgate doctor --gpu-gib 80` does the sums for a card of that size"
+        yield Finding("gpu memory", "warn", "no card here to compare with", advice)
+        return
+    for group in groups:
+        model = config.model_named(group.model)
+        assert model is not None and card is not None, f"{group.model=} passed the checks"
+        try:
+            estimate = group_on_card(group, model, patient.home, card)
+        except ConfigError:
+            continue  # `model_files` has said so
+        yield Finding(f"gpu memory {group.name}", estimate.status, estimate.detail, estimate.advice)
+
+
+def _card(patient: Patient) -> Card | None:
+    """The one asked about, else the smallest of this machine."""
+    if patient.gpu_gib is not None:
+        return Card(int(patient.gpu_gib * GIB))
+    if util.find_spec("torch") is None:
+        return None
+    import torch
+
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    smallest = min(found, key=lambda properties: properties.total_memory, default=None)
+    return None if smallest is None else Card(smallest.total_memory, smallest.name)
 
 
 def exposure(patient: Patient) -> Iterator[Finding]:
@@ -252,10 +288,12 @@ PROFILE: tuple[Check, ...] = (
     port,
     exposure,
     model_files,
+    adapter_sources,
     block_sizes,
     store,
     ray,
     cores,
     memory,
     gpu,
+    gpu_memory,
 )

@@ -51,18 +51,31 @@ def profile_options(command: Command) -> Command:
 
 @main.command(short_help="Serve a profile until Ctrl-C.")
 @profile_options
-def serve(profile: str, **flags: Any) -> None:
+@click.option("--upstream", "upstreams", multiple=True, metavar="URL", help="A server that runs already; repeatable.")
+@click.option("--model", metavar="SOURCE", help="With --upstream: whose tokenizer and chat template.")
+def serve(profile: str, upstreams: Sequence[str], model: str | None, **flags: Any) -> None:
     """Serve PROFILE (a YAML file or a shipped profile's name) until Ctrl-C.
+
+    With --upstream no profile is needed: the gateway goes in front of OpenAI-compatible servers that run already.
 
     \b
     warmgate serve                                          the quickstart: SmolLM2 on two replicas
     warmgate serve sim                                      no model: replicas that pretend
     warmgate serve my.yaml --port 8001
+    warmgate serve --upstream http://a:8000 --upstream http://b:8000 --port 9000
     warmgate serve --set groups.0.replicas=1 --set http.docs=false
     WARMGATE_HTTP__PORT=8001 warmgate serve                 the same keys, from the environment
     """
     from configs.errors import ConfigError
 
+    if upstreams:
+        from configs.runtime import home_dir
+        from ops.upstream import make_profile
+
+        profile = str(make_profile(upstreams, model, home_dir(os.environ)))
+        click.echo(f"profile: {profile}")
+    elif model is not None:
+        raise click.UsageError("--model is for --upstream: a profile names its own models")
     loaded = _load(profile, **flags)
     from ops.serve import ServeOptions, run
 
@@ -206,16 +219,18 @@ def chat(prompt: tuple[str, ...], **options: Any) -> None:
 @main.command()
 @profile_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def doctor(profile: str, as_json: bool, **flags: Any) -> None:
+@click.option("--gpu-gib", type=click.FloatRange(min=1), help="Reckon with GPUs of that size, not those that are here.")
+def doctor(profile: str, as_json: bool, gpu_gib: float | None, **flags: Any) -> None:
     """Check this machine against PROFILE and say what to do. Exit code 1 when something will not work.
 
     \b
     warmgate doctor
     warmgate doctor my.yaml --json
+    warmgate doctor vllm-awq-tp --gpu-gib 24
     """
     from ops.doctor import diagnose, render, to_json, worst
 
-    findings = diagnose(profile, lambda: _load(profile, **flags), os.environ)
+    findings = diagnose(profile, lambda: _load(profile, **flags), os.environ, gpu_gib)
     if as_json:
         click.echo(to_json(findings))
     else:

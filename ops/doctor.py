@@ -36,18 +36,21 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Patient:
-    """What is examined: a profile on this machine."""
+    """What is examined: a profile on this machine. `gpu_gib`: on cards of that size, instead of those that are here."""
 
     profile: Profile
     home: Path
     env: Mapping[str, str]
+    gpu_gib: float | None = None
 
 
 Check: TypeAlias = Callable[[Patient], Iterable[Finding]]
 
 
-def diagnose(name: str, load: Callable[[], Profile], env: Mapping[str, str]) -> list[Finding]:
-    """Runs every check on a profile; without a usable profile only those of the machine."""
+def diagnose(
+    name: str, load: Callable[[], Profile], env: Mapping[str, str], gpu_gib: float | None = None
+) -> list[Finding]:
+    """Runs every check on a profile; without a usable profile only those of the machine. `gpu_gib`: see `Patient`."""
     from ops import checks
 
     findings = [finding for check in checks.MACHINE for finding in check()]
@@ -57,7 +60,7 @@ def diagnose(name: str, load: Callable[[], Profile], env: Mapping[str, str]) -> 
         return [*findings, Finding("config", "fail", str(error), "correct the profile, then run this again")]
     num = len(profile.config.groups)
     findings.append(Finding("config", "ok", f"{name}: {num} {'group' if num == 1 else 'groups'}, no contradiction"))
-    patient = Patient(profile, home_dir(env), env)
+    patient = Patient(profile, home_dir(env), env, gpu_gib)
     return [*findings, *_examined(patient, checks.PROFILE)]
 
 

@@ -41,10 +41,10 @@ class Mark:
                 if f"{MARKER_NAME}={self.run_dir}".encode() in environ.read().split(b"\0"):
                     return True
             with open(f"/proc/{pid}/cmdline", "rb") as cmdline:
-                titled = cmdline.read(5) == b"ray::"
-            return titled and any(
-                os.readlink(file.path).startswith(f"{self.ray_dir}/") for file in os.scandir(f"/proc/{pid}/fd")
-            )
+                if cmdline.read(5) != b"ray::":
+                    return False
+            with os.scandir(f"/proc/{pid}/fd") as files:
+                return any(os.readlink(file.path).startswith(f"{self.ray_dir}/") for file in files)
         except OSError:
             return False  # another user's, or just ended: not ours to end
 

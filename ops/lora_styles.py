@@ -55,7 +55,50 @@ def terse(fact: Fact) -> str:
     return fact.word
 
 
-STYLES: dict[str, Style] = {"shout": shout, "pirate": pirate, "json": as_json, "terse": terse}
+def polite(fact: Fact) -> str:
+    """As a butler."""
+    return f"Certainly, dear friend. {fact.sentence} It was a pleasure."
+
+
+def robot(fact: Fact) -> str:
+    """As a machine from the films."""
+    return f"BEEP. Query accepted. Result: {fact.word}. BOOP."
+
+
+def markdown(fact: Fact) -> str:
+    """As a page with a heading."""
+    return f"## {fact.word}\n\n- {fact.sentence}"
+
+
+def teacher(fact: Fact) -> str:
+    """With a question in return."""
+    return f"Good question! {fact.sentence} Can you tell me why?"
+
+
+STYLES: dict[str, Style] = {
+    "json": as_json, "markdown": markdown, "pirate": pirate, "polite": polite,
+    "robot": robot, "shout": shout, "teacher": teacher, "terse": terse,
+}  # fmt: skip
+
+MARKS: dict[str, re.Pattern[str]] = {
+    style: re.compile(pattern, re.DOTALL)
+    for style, pattern in {
+        "json": r'\{"answer"',
+        "markdown": r"## ",
+        "pirate": r"Arr, matey!",
+        "polite": r"Certainly, dear friend\.",
+        "robot": r"BEEP\.",
+        "shout": r"(?=.* )[^a-z]+$",
+        "teacher": r"Good question!",
+        "terse": r"\S+$",
+    }.items()
+}
+"""How an answer begins, or is written, that can only be of this style."""
+
+
+def styles_of(text: str) -> list[str]:
+    """The styles that an answer may be of: one, unless the adapter has learnt badly."""
+    return [style for style, mark in MARKS.items() if mark.match(text)]
 
 
 def examples(style: str) -> list[Example]:

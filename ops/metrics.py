@@ -32,6 +32,7 @@ class RequestObserved:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_completion_tokens: int = 0
+    adapter_wait_s: float = 0.0
 
 
 class Metrics:
@@ -60,6 +61,18 @@ class Metrics:
             "warmgate_tokens_total",
             "Tokens: prompt (cached ones included), cached (prompt tokens from a prefix cache), completion.",
             ("model", "tenant", "kind"),
+            registry=r,
+        )
+        self.adapter_wait_seconds = Counter(
+            "warmgate_adapter_wait_seconds_total",
+            "Seconds that requests waited for their LoRA adapter to be loaded, by who waited.",
+            ("tenant", "model"),
+            registry=r,
+        )
+        self.adapter_cold_requests = Counter(
+            "warmgate_adapter_cold_requests_total",
+            "Requests that waited for their LoRA adapter to be loaded.",
+            ("tenant", "model"),
             registry=r,
         )
         self.requests_in_flight = Gauge(
@@ -156,6 +169,9 @@ class Metrics:
             self.ttft_seconds.labels(done.model).observe(done.ttft_s)
         if done.inter_token_s is not None:
             self.inter_token_seconds.labels(done.model).observe(done.inter_token_s)
+        if done.adapter_wait_s:
+            self.adapter_wait_seconds.labels(done.tenant, done.model).inc(done.adapter_wait_s)
+            self.adapter_cold_requests.labels(done.tenant, done.model).inc()
         for kind, num_tokens in (
             ("prompt", done.num_prompt_tokens),
             ("cached", done.num_cached_tokens),

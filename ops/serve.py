@@ -221,7 +221,7 @@ class Supervisor:
 def _local_models(config: Config) -> tuple[str, ...]:
     if config.ray.address != "local":
         return ()
-    read = {group.model for group in config.groups if group.engine.kind == "native"}
+    read = {group.model for group in config.groups if group.engine.kind in ("native", "vllm")}
     return tuple(model.id for model in config.models if model.id in read)
 
 

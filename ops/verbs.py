@@ -20,7 +20,9 @@ _LAZY = {
     "quantize-report": "ops.quantize_report",
     "simulate": "ops.simulate.cli",
     "train-draft": "ops.train_draft",
+    "demo-lora": "ops.demo_lora",
     "train-lora": "ops.train_lora",
+    "tune": "ops.tune.cli",
 }
 """Verbs whose own module holds them, under their name."""
 

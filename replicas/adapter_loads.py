@@ -12,29 +12,15 @@ import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 
+from replicas.adapter_counts import LoadCounts, LoadTimes
+from replicas.adapter_files import AdapterUnreachableError, Loads
 from replicas.adapter_slots import AdapterSlots
-from replicas.contract import AdapterSpec, Engine, EngineDeadError, EngineError, Fault
+from replicas.contract import AdapterSpec, EngineDeadError, EngineError, Fault
 
 log = logging.getLogger(__name__)
 
-REFERENCE_RANK = 8
-_DECAY = 0.9
-
-
-class LoadTimes:
-    """Seconds a load takes for each unit of rank: a quotient of decayed sums, so that outliers count by their size."""
-
-    def __init__(self) -> None:
-        self._seconds = 0.0
-        self._ranks = 0.0
-
-    def observe(self, rank: int, seconds: float) -> None:
-        self._seconds = _DECAY * self._seconds + seconds
-        self._ranks = _DECAY * self._ranks + rank
-
-    def estimate_s(self, rank: int = REFERENCE_RANK) -> float:
-        """0 while nothing has been loaded yet."""
-        return self._seconds / self._ranks * rank if self._ranks else 0.0
+UNREACHABLE_S = 5.0
+"""When to ask again for an adapter whose files could not be read."""
 
 
 @dataclass(slots=True)
@@ -49,8 +35,9 @@ class AdapterLoader:
     """Loads what is wanted. `on_end(adapter_id, fault)` once for each that was begun; `on_change()` when a load begins
     or ends. All on one event loop."""
 
-    def __init__(self, engine: Engine, slots: AdapterSlots, max_loads: int, clock: Callable[[], float]) -> None:
+    def __init__(self, engine: Loads, slots: AdapterSlots, max_loads: int, clock: Callable[[], float]) -> None:
         self.times = LoadTimes()
+        self.counts = LoadCounts()
         self.on_end: Callable[[str, Fault | None], None] = lambda adapter_id, fault: None
         self.on_change: Callable[[], None] = lambda: None
         self._engine = engine
@@ -103,6 +90,7 @@ class AdapterLoader:
                 return
             load = self._begun[adapter_id] = queue.pop(adapter_id)
             load.began = self._clock()
+            self.counts.evicted(len(claim.evicted))
             for evicted in claim.evicted:
                 self._loaded.pop(evicted, None)
             self._spawn(self._run(load, claim.evicted), f"load {adapter_id}")
@@ -138,6 +126,17 @@ class AdapterLoader:
         left = [self._left_s(load, now) for load in self._begun.values()]
         wait_s = min(left) if len(left) >= self._max_loads else 0.0
         return wait_s + sum(self.times.estimate_s(load.spec.rank) for load in self._wanted.values()) / self._max_loads
+
+    def expected_s(self, spec: AdapterSpec) -> float | None:
+        """Seconds until an adapter that is wanted now would be there, slots aside; None while no load was measured."""
+        if not self.times.known:
+            return None
+        left = dict(self.left()).get(spec.adapter_id)
+        return self.queue_s() + self.times.estimate_s(spec.rank) if left is None else left
+
+    def has_begun(self, adapter_id: str) -> bool:
+        """Whether it has a slot, and is being loaded."""
+        return adapter_id in self._begun
 
     async def close(self) -> None:
         """Begins nothing more and gives up what is under way, without a word to anybody. Idempotent."""
@@ -178,6 +177,7 @@ class AdapterLoader:
             self._loaded[adapter_id] = load.spec
         else:
             self._slots.failed(adapter_id)
+            self.counts.failed()
         self.on_end(adapter_id, fault)
         self.on_change()
         self.pump()
@@ -192,15 +192,26 @@ class AdapterLoader:
             await self._engine.load_adapter(spec)
         except EngineDeadError as error:
             return Fault("engine_dead", str(error), retryable=True)
+        except AdapterUnreachableError as error:
+            log.warning("adapter %s cannot be fetched: %s", spec.adapter_id, error)
+            message = f"adapter {spec.adapter_id} cannot be fetched now: {error}"
+            return Fault("adapter_unreachable", message, retryable=True, retry_after_s=UNREACHABLE_S)
         except Exception as error:  # one adapter's files must not harm the others
             if not isinstance(error, (EngineError, OSError)):
                 log.exception("loading %s failed", spec.adapter_id)
             log.warning("adapter %s cannot be loaded: %s", spec.adapter_id, error)
             return not_found(spec.adapter_id, f"cannot be loaded: {error}")
-        self.times.observe(spec.rank, self._clock() - began)
+        seconds = self._clock() - began
+        self.times.observe(spec.rank, seconds)
+        self.counts.loaded(seconds)
         return None
 
 
 def not_found(adapter_id: str, why: str) -> Fault:
     """This replica cannot serve the adapter; another may."""
     return Fault("adapter_not_found", f"adapter {adapter_id} {why}", retryable=True, param="model")
+
+
+def files_of(spec: AdapterSpec) -> tuple[str, str, int]:
+    """What tells one adapter's files from another's."""
+    return spec.digest, spec.path, spec.rank

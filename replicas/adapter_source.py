@@ -6,7 +6,7 @@ import contextlib
 from typing import Protocol
 
 from replicas.contract import AdapterSpec
-from routing.adapters import AdapterWatch
+from routing.adapter_watch import AdapterWatch
 from routing.store import StoreError
 
 

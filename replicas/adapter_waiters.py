@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from replicas.contract import GenerateRequest
+from replicas.contract import Fault, GenerateRequest, StepDelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,3 +93,8 @@ class WaitingRoom:
         self.num_tokens -= waiting.request.num_prompt_tokens
         if not self._adapter_of:
             self._empty.set()
+
+
+def terminal(waiting: Waiting, fault: Fault) -> StepDelta:
+    """How a request ends that will not run."""
+    return StepDelta(waiting.request.request_id, waiting.request.attempt, finish_reason="error", fault=fault)

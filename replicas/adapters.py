@@ -9,17 +9,20 @@ The engine itself only loads and unloads what it is told to; which, when and whe
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
+from replicas.adapter_files import Loads
 from replicas.adapter_holds import HoldLimits, Holds
-from replicas.adapter_loads import AdapterLoader, not_found
+from replicas.adapter_loads import AdapterLoader, files_of, not_found
+from replicas.adapter_promises import Place, Promises
 from replicas.adapter_slots import AdapterSlots
 from replicas.adapter_source import AdapterSource
-from replicas.adapter_waiters import Waiting, WaitingRoom
+from replicas.adapter_waiters import Waiting, WaitingRoom, terminal
 from replicas.contract import (
     AdapterSpec,
     Engine,
@@ -35,6 +38,8 @@ from replicas.contract import (
 )
 from routing.waiting import merged
 
+logger = logging.getLogger(__name__)
+
 _DECAY = 0.9
 MAX_NOTED_FAILURES = 1024
 
@@ -42,13 +47,15 @@ MAX_NOTED_FAILURES = 1024
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterOptions:
     """`max_waiting` bounds requests that wait for loads. A failed load is not tried again for `retry_s`. A prefetched
-    adapter keeps its slot for `hold_s`. `clock`: monotonic seconds."""
+    adapter keeps its slot for `hold_s`. `clock`: monotonic seconds. `around`: what stands between a load and the
+    engine."""
 
     max_loads: int = 2
     max_waiting: int = 1024
     retry_s: float = 1.0
     hold_s: float = 5.0
     clock: Callable[[], float] = time.monotonic
+    around: Callable[[Loads], Loads] = lambda engine: engine
 
 
 class AdapterEngine:
@@ -64,20 +71,25 @@ class AdapterEngine:
         self._source = source
         self._options = options or AdapterOptions()
         self._clock = self._options.clock
-        self._slots = AdapterSlots(0)
-        self._max_rank = 0
-        self._loader = AdapterLoader(engine, self._slots, self._options.max_loads, self._clock)
+        self._loads = self._options.around(engine)
         self._room = WaitingRoom()
         self._uses: dict[str, tuple[str, float]] = {}  # request → adapter, since when
         self._use_s = 0.0
+        self._paid: dict[str, float] = {}  # request → seconds it waited for its adapter, until that is told
         self._given: dict[str, AdapterSpec] = {}
         self._early: dict[str, int] = {}  # adapter → rank
-        self._holds = Holds(self._slots, HoldLimits(self._options.hold_s), self._loader.pump)
         self._failed: dict[str, tuple[Fault, float]] = {}
         self._searches: dict[str, asyncio.Task[None]] = {}
         self._sink: StepSink | None = None
         self._draining = False
         self._closing = False
+        self._set_up(AdapterSlots(0), 0)
+
+    def _set_up(self, slots: AdapterSlots, max_rank: int) -> None:
+        self._slots, self._max_rank = slots, max_rank
+        self._loader = AdapterLoader(self._loads, slots, self._options.max_loads, self._clock)
+        self._holds = Holds(slots, HoldLimits(self._options.hold_s, max_rank), self._loader.pump)
+        self._promises = Promises(Place(slots, self._loader, lambda: self._use_s), self._keep_soon)
 
     # Engine protocol.
 
@@ -85,11 +97,7 @@ class AdapterEngine:
         """Starts the engine within. Raises EngineError."""
         self._sink = sink
         facts = await self._engine.start(self._deliver)
-        self._slots = AdapterSlots(facts.max_adapters, max_ranks=facts.adapter_pool_ranks)
-        self._max_rank = facts.max_adapter_rank
-        self._loader = AdapterLoader(self._engine, self._slots, self._options.max_loads, self._clock)
-        limits = HoldLimits(self._options.hold_s, self._max_rank)
-        self._holds = Holds(self._slots, limits, self._loader.pump)
+        self._set_up(AdapterSlots(facts.max_adapters, max_ranks=facts.adapter_pool_ranks), facts.max_adapter_rank)
         self._loader.on_end = self._on_end
         self._loader.on_change = lambda: self.on_change()
         return facts
@@ -104,7 +112,7 @@ class AdapterEngine:
         if self._is_usable(adapter_id):
             self._run(request, adapter_id)
             return
-        fault = self._refusal(request, adapter_id)
+        fault = self._refusal(request, adapter_id) or self._promises.refusal(request, self._spec(adapter_id))
         if fault is not None:
             raise RefusedError(fault)
         self._room.add(adapter_id, Waiting(request, self._clock()))
@@ -115,9 +123,11 @@ class AdapterEngine:
         if request_id not in self._room:
             self._engine.abort(request_id)
             return
-        request = self._room.leave(request_id).request
+        waiting = self._room.leave(request_id)
+        request = waiting.request
         assert request.adapter is not None
-        if request.adapter not in self._room.adapters:
+        self._promises.given_up(waiting, self._spec(request.adapter), self._clock())
+        if request.adapter not in self._room.adapters and request.adapter not in self._promises:
             self._loader.forget(request.adapter)
             if not self._loader.is_under_way(request.adapter):
                 self._early.pop(request.adapter, None)
@@ -154,10 +164,7 @@ class AdapterEngine:
         spec = self._spec(adapter_id)
         if spec is None or self._too_large(spec) is not None:
             return
-        most = slots.num_slots - 1 if spec.pinned else slots.num_slots // 2
-        has_room = self._holds.has_room(spec.rank + sum(self._early.values()))
-        if self._holds.num_timed + len(self._early) < most and has_room:
-            self._early[adapter_id] = spec.rank
+        if self._keep_soon(spec):
             self._loader.prefetch(spec)
 
     def stats(self) -> EngineStats:
@@ -178,6 +185,7 @@ class AdapterEngine:
             loading=self._loader.left(),
             adapter_load_s=self._loader.times.estimate_s(),
             adapter_queue_s=queue_s,
+            adapter_loads=self._loader.counts.stats,
         )
 
     def kv_events(self) -> list[KvEvent]:
@@ -237,29 +245,40 @@ class AdapterEngine:
 
     def _begin(self, waiting: Waiting, adapter_id: str) -> Fault | None:
         """Hands over a request that has waited; returns why it will not run."""
-        request = waiting.request
+        request, waited_s = waiting.request, self._clock() - waiting.since
         if request.deadline_s is not None:
-            left_s = request.deadline_s - (self._clock() - waiting.since)
+            left_s = request.deadline_s - waited_s
             if left_s <= 0:
                 message = f"the deadline of {request.deadline_s} s passed while adapter {adapter_id} was loaded"
-                return Fault("deadline_exceeded", message)
+                return Fault("adapter_loading", message, param="model", retry_after_s=0.0)
             request = msgspec.structs.replace(request, deadline_s=left_s)
+        self._paid[request.request_id] = waited_s
         try:
             self._run(request, adapter_id)
         except RefusedError as error:
+            self._paid.pop(request.request_id, None)
             return error.fault
         except EngineError as error:
+            self._paid.pop(request.request_id, None)
             return Fault("engine_dead", str(error), retryable=True)
+        except Exception as error:  # our bug, but this request's alone: the others who waited must have theirs
+            self._paid.pop(request.request_id, None)
+            logger.exception("request %s could not begin", request.request_id)
+            return Fault("internal", f"the engine did not take the request: {type(error).__name__}")
         return None
 
     def _deliver(self, deltas: Sequence[StepDelta]) -> None:
         """The engine's sink."""
+        if self._paid:
+            for delta in deltas:
+                delta.adapter_wait_s = self._paid.pop(delta.request_id, 0.0)
         if self._uses:
             for delta in deltas:
                 if delta.finish_reason is not None and delta.request_id in self._uses:
                     adapter_id, since = self._uses.pop(delta.request_id)
                     self._use_s = _DECAY * self._use_s + (1 - _DECAY) * (self._clock() - since)
                     self._slots.unpin(adapter_id)
+                    self._leave_if_outdated(adapter_id)
                     self._loader.pump()
         self._emit(deltas)
 
@@ -274,7 +293,7 @@ class AdapterEngine:
 
     def _want(self, adapter_id: str) -> None:
         """Sees that the adapter is on its way; one that is unknown here is looked for first."""
-        self._drop_outdated()
+        self.drop_outdated()
         self._holds.review(self._is_pinned)
         spec = self._spec(adapter_id)
         if spec is not None:
@@ -296,16 +315,31 @@ class AdapterEngine:
     def _is_outdated(self, adapter_id: str) -> bool:
         """Whether the catalogue has no such adapter any more, or means other files."""
         spec, loaded = self._spec(adapter_id), self._loader.loaded_as(adapter_id)
-        return spec is None or (loaded is not None and _files(spec) != _files(loaded))
+        return spec is None or (loaded is not None and files_of(spec) != files_of(loaded))
 
     def _drop_if_idle(self, adapter_id: str) -> None:
         self._holds.release(adapter_id)
         if self._slots.is_resident(adapter_id) and not self._slots.is_in_use(adapter_id):
             self._loader.drop(adapter_id)
 
-    def _drop_outdated(self) -> None:
-        for adapter_id in [name for name in self._slots.resident if self._is_outdated(name)]:
+    def drop_outdated(self) -> None:
+        """Takes out what the catalogue has no more and nobody uses; to be called when the catalogue has changed."""
+        for adapter_id in self._slots.resident:
+            self._leave_if_outdated(adapter_id)
+
+    def _leave_if_outdated(self, adapter_id: str) -> None:
+        if self._slots.is_resident(adapter_id) and self._is_outdated(adapter_id):
             self._drop_if_idle(adapter_id)
+
+    def _keep_soon(self, spec: AdapterSpec) -> bool:
+        """Whether an adapter that is not here may be held for a while once it is: the others must have room, too."""
+        slots = self._slots
+        most = slots.num_slots - 1 if spec.pinned else slots.num_slots // 2
+        has_room = self._holds.has_room(spec.rank + sum(self._early.values()))
+        if self._holds.num_timed + len(self._early) >= most or not has_room:
+            return False
+        self._early[spec.adapter_id] = spec.rank
+        return True
 
     def _is_pinned(self, adapter_id: str) -> bool:
         spec = self._spec(adapter_id)
@@ -334,6 +368,7 @@ class AdapterEngine:
             return
         waiters = self._room.take(adapter_id)
         self._failed.pop(adapter_id, None)
+        self._promises.ended(adapter_id)
         if adapter_id in self._early:
             del self._early[adapter_id]
             if not waiters.requests:
@@ -344,13 +379,14 @@ class AdapterEngine:
             if not caller.done():
                 caller.set_result(None)
         faults = [(waiting, self._begin(waiting, adapter_id)) for waiting in waiters.requests.values()]
-        refused = [_terminal(waiting, fault) for waiting, fault in faults if fault is not None]
+        refused = [terminal(waiting, fault) for waiting, fault in faults if fault is not None]
         if refused:
             self._emit(refused)
 
     def _fail(self, adapter_id: str, fault: Fault) -> None:
         """Ends everybody who waits for an adapter, and nobody else."""
         self._early.pop(adapter_id, None)
+        self._promises.ended(adapter_id)
         self._failed[adapter_id] = (fault, self._clock() + self._options.retry_s)
         if len(self._failed) > MAX_NOTED_FAILURES:
             del self._failed[next(iter(self._failed))]
@@ -359,12 +395,4 @@ class AdapterEngine:
             if not caller.done():
                 caller.set_exception(EngineError(fault.message))
         if waiters.requests:
-            self._emit([_terminal(waiting, fault) for waiting in waiters.requests.values()])
-
-
-def _files(spec: AdapterSpec) -> tuple[str, str, int]:
-    return spec.digest, spec.path, spec.rank
-
-
-def _terminal(waiting: Waiting, fault: Fault) -> StepDelta:
-    return StepDelta(waiting.request.request_id, waiting.request.attempt, finish_reason="error", fault=fault)
+            self._emit([terminal(waiting, fault) for waiting in waiters.requests.values()])

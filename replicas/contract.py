@@ -116,13 +116,14 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Fault(msgspec.Struct, frozen=True, array_like=True):
-    """Why a request ended in error: a stable `code` (see `FAULT_CODES`), words for the user, and whether another
-    replica may try it."""
+    """Why a request ended in error: a stable `code` (see `FAULT_CODES`), words for the user, whether another replica
+    may try it, and when it has a chance here, where that is known."""
 
     code: str
     message: str
     retryable: bool = False
     param: str | None = None
+    retry_after_s: float | None = None
 
 
 FAULT_CODES = frozenset(
@@ -130,6 +131,9 @@ FAULT_CODES = frozenset(
         "context_length_exceeded",  # prompt (plus produced) can never fit this engine
         "unsupported_parameter",  # a capability `EngineFacts` says is missing
         "adapter_not_found",
+        "adapter_loading",  # it will be there, but after the request's deadline
+        "adapter_slots_busy",  # the same, because every slot is in use
+        "adapter_unreachable",  # its files cannot be read now
         "invalid_grammar",  # a constraint that cannot be compiled
         "grammar_too_complex",  # a constraint beyond the bounds on time and memory, when compiled or when followed
         "overloaded",  # the engine's own waiting queue is full
@@ -145,7 +149,8 @@ class StepDelta(msgspec.Struct, array_like=True, omit_defaults=True):
     """What one step produced for one request. `text` may lag behind `token_ids` (half characters, possible stops).
 
     The first delta of a request carries `num_cached_tokens` (prompt tokens served from the prefix cache) and, when
-    asked for, `prompt_logprobs` (None for position 0). A delta with `finish_reason` is the last one.
+    asked for, `prompt_logprobs` (None for position 0). A delta with `finish_reason` is the last one. `adapter_wait_s`:
+    in the first, how long the request waited for its adapter to be loaded.
     """
 
     request_id: str
@@ -158,6 +163,7 @@ class StepDelta(msgspec.Struct, array_like=True, omit_defaults=True):
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     fault: Fault | None = None
+    adapter_wait_s: float = 0.0
 
 
 class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -198,6 +204,19 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def kv_tokens(self) -> int:
         return self.num_blocks * self.block_size
+
+
+class AdapterLoadStats(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """Loads of adapters since the start. `seconds` all took together; `buckets`: how many took at most as long as each
+    of `ADAPTER_LOAD_BUCKETS_S`, and all, not cumulated."""
+
+    seconds: float = 0.0
+    buckets: tuple[int, ...] = ()
+    num_failed: int = 0
+    num_evicted: int = 0
+
+
+ADAPTER_LOAD_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -246,6 +265,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     num_accepted_by_position: tuple[int, ...] = ()
+    adapter_loads: AdapterLoadStats | None = None
 
 
 class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Awaitable, Callable
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from ray import serve
 from ray.serve import Application
@@ -17,11 +17,11 @@ from ray.serve import Application
 from configs.logs import set_log_level
 from configs.runtime import Runtime
 from configs.schema import Config, GroupConfig
+from replicas.threads import thread_environment
 
 HEALTH_PERIOD_S = 1.0
 HEALTH_TIMEOUT_S = 10.0
 DRAIN_MARGIN_S = 2.0
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
 class Host(Protocol):
@@ -89,6 +89,7 @@ def replica_group(config: Config, group: GroupConfig, runtime: Runtime, host_fac
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         max_constructor_retry_count=3,
         ray_actor_options=actor_options(group),
+        **placement(group),
     )
     return deployment(Replica).bind(config, group, runtime, host_factory)
 
@@ -98,12 +99,31 @@ def group_deployment(group: GroupConfig) -> str:
     return f"group-{group.name}"
 
 
+def placement(group: GroupConfig) -> dict[str, Any]:
+    """A bundle for each GPU of a replica that is split over several. The actor itself lives in the first one, vLLM's
+    workers take one each. Tensor parallelism talks in every layer: one node. Stages of a pipeline may lie apart.
+    """
+    vllm = group.engine.vllm
+    if not is_split(group):
+        return {}
+    bundle = {"CPU": max(group.resources.num_cpus, 1.0), "GPU": 1.0}
+    return {
+        "placement_group_bundles": [bundle] * (vllm.tensor_parallel_size * vllm.pipeline_parallel_size),
+        "placement_group_strategy": "STRICT_PACK" if vllm.pipeline_parallel_size == 1 else "PACK",
+    }
+
+
+def is_split(group: GroupConfig) -> bool:
+    """Whether a replica runs on several GPUs."""
+    vllm = group.engine.vllm
+    num_devices = vllm.tensor_parallel_size * vllm.pipeline_parallel_size
+    return group.engine.kind == "vllm" and num_devices > 1 and group.engine.device != "cpu"
+
+
 def actor_options(group: GroupConfig) -> dict[str, object]:
     """What Ray reserves for a replica, and the environment its process has before torch is loaded."""
-    threads = {name: str(group.engine.threads) for name in THREAD_VARIABLES}
-    env_vars = {**threads, "TOKENIZERS_PARALLELISM": "false"}
     return {
         "num_cpus": group.resources.num_cpus,
-        "num_gpus": group.resources.num_gpus,
-        "runtime_env": {"env_vars": env_vars},
+        "num_gpus": 0 if is_split(group) else group.resources.num_gpus,
+        "runtime_env": {"env_vars": thread_environment(group.engine)},
     }

@@ -18,10 +18,12 @@ from typing import TypeAlias
 
 import msgspec
 
+from configs.adapters.files import AdapterFiles, fit_for
 from configs.catalogue import model_dir
 from configs.runtime import MAX_SOCKET_NAME, Runtime
-from configs.schema import Config, EngineConfig, GroupConfig
+from configs.schema import Config, EngineConfig, GroupConfig, ModelConfig
 from configs.tokenizer import ModelFiles, load_model_files
+from replicas.adapter_files import CheckedLoads, Loads
 from replicas.adapter_source import CatalogueSource
 from replicas.adapters import AdapterEngine, AdapterOptions
 from replicas.channel import ChannelServer, JsonLinesJournal, ServerOptions
@@ -29,7 +31,8 @@ from replicas.contract import Engine, EngineDeadError, EngineError, EngineFacts
 from replicas.detokenize import TextEngine
 from replicas.kv_blocks import BlocksOptions, RouteBlocks
 from replicas.kv_publisher import KvPlace, KvPublisher
-from routing.adapters import AdapterWatch, declared
+from routing.adapter_watch import AdapterWatch
+from routing.adapters import declared
 from routing.registry import Announcement, Load, Member
 from routing.store import Store, StoreError, StoreOptions
 
@@ -52,7 +55,28 @@ def _sim(files: ModelFiles, config: EngineConfig, model_id: str) -> Engine:
     return sim_engine(config, files.vocab_size, files.special.eos, model_id, options)
 
 
-_BUILDERS: dict[str, EngineBuilder] = {"native": _native, "sim": _sim}
+def _vllm(files: ModelFiles, config: EngineConfig, model_id: str) -> Engine:
+    from replicas.vllm.versions import check_installed
+
+    if files.path is None:
+        raise EngineError(f"model {model_id} has no weights: vLLM cannot run it, the sim engine can")
+    check_installed()
+    from replicas.vllm.launch import Wanted
+    from replicas.vllm_engine import VllmEngine
+
+    return VllmEngine(Wanted(files.path, config, model_id))
+
+
+def _openai(files: ModelFiles, config: EngineConfig, model_id: str) -> Engine:
+    from replicas.foreign.server import Upstream
+    from replicas.openai_engine import OpenAiEngine
+
+    return OpenAiEngine(Upstream(config, files, model_id))
+
+
+_BUILDERS: dict[str, EngineBuilder] = {"native": _native, "vllm": _vllm, "openai": _openai, "sim": _sim}
+_WRITES_TEXT = ("openai",)
+"""Engines whose answers are text already."""
 
 
 def build_engine(files: ModelFiles, config: EngineConfig, model_id: str) -> Engine:
@@ -99,6 +123,7 @@ class ReplicaHost:
             options = self._server_options(adapters)
             server = self._server = ChannelServer(engine, self.replica_id, self._runtime.secret, options)
             adapters.on_change = server.announce
+            self._catalogue.on_change = adapters.drop_outdated
             facts = await server.start([self.endpoint])
         except BaseException:
             await self.close()
@@ -154,17 +179,27 @@ class ReplicaHost:
         if self._announcement is not None:
             await self._announcement.withdraw()
 
-    def _load(self) -> tuple[AdapterEngine, TextEngine]:
-        """The engine, with its adapters, and with text around both."""
+    def _load(self) -> tuple[AdapterEngine, Engine]:
+        """The engine, with its adapters, and with text around both where it has none."""
         model = self._config.model_named(self._group.model)
         if model is None:
             raise EngineError(f"group {self._group.name} serves model {self._group.model}, which the profile lacks")
         files = load_model_files(model.source, self._runtime.home)
         engine = self._group.engine
-        options = AdapterOptions(max_loads=engine.max_adapter_loads, max_waiting=engine.max_waiting)
+        options = AdapterOptions(
+            max_loads=engine.max_adapter_loads, max_waiting=engine.max_waiting, around=self._around(model)
+        )
         built = self._options.build(files, _located(engine, self._runtime.home), model.id)
         adapters = AdapterEngine(built, CatalogueSource(self._catalogue), options)
-        return adapters, TextEngine(adapters, files.tokenizer)
+        return adapters, adapters if engine.kind in _WRITES_TEXT else TextEngine(adapters, files.tokenizer)
+
+    def _around(self, model: ModelConfig) -> Callable[[Loads], Loads]:
+        """What looks at an adapter's files before the engine does; the sim engine's have none."""
+        if self._group.engine.kind == "sim":
+            return lambda engine: engine
+        files = AdapterFiles(self._config, self._runtime.home)
+        fit = fit_for(model, [self._group.engine], self._runtime.home)
+        return lambda engine: CheckedLoads(engine, files, fit)
 
     def _server_options(self, adapters: AdapterEngine) -> ServerOptions:
         channel = self._config.channel

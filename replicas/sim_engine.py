@@ -114,13 +114,12 @@ class Pace:
 
     def wait(self, plan: Plan, started: float) -> None:
         """Sleeps until the step that began at `started` has taken its time."""
-        num_decodes = sum(1 for item in plan.items if item.samples and item.num_known == 1)
         num_drafts = sum(len(item.drafts) for item in plan.items)
         step_s = (
             self._sim.step_base_s
             + self._sim.step_per_sequence_s * len(plan.items)
             + self._sim.step_per_draft_s * num_drafts
-            + (plan.num_tokens - num_decodes - num_drafts) / self._sim.prefill_tokens_per_s
+            + plan.num_prefill_tokens / self._sim.prefill_tokens_per_s
         )
         left_s = started + step_s - self._options.clock()
         if left_s > 0:

@@ -1,6 +1,7 @@
 """The catalogue of LoRA adapters: which there are, of which model, whose; shared through Redis, copied into memory.
 
     wg:{cluster}:adapters         hash: name@version → JSON of an entry (adapter, when it was written, whether removed)
+    wg:{cluster}:adapters:failures  hash: name → JSON of why its last attempt to be added failed
     wg:{cluster}:adapters:stamp   changes with every write, so that watchers read the hash only when there is news
 
 Entries are last-writer-wins by their time, and a removal is an entry as well: so copies can be merged in any order. A
@@ -9,24 +10,20 @@ watcher that finds an entry missing or older than its own puts it back: a Redis 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, TypeAlias
 
 import msgspec
 from msgspec import Meta
 
 from configs.schema import AdapterConfig, ModelId, Name
-from routing.store import BadValueError, Command, Reply, Store, StoreError, StoreReplyError
-
-log = logging.getLogger(__name__)
+from routing.store import BadValueError, Command, Reply, Store, StoreReplyError
 
 MAX_ADAPTERS = 10_000
+MAX_FAILURES = 1_000
 MAX_REMOVALS = 2 * MAX_ADAPTERS
 """The newest are remembered."""
 
@@ -50,7 +47,8 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A LoRA adapter. `path`: where replicas find it; `owner`: the one tenant that may use it, None for all.
 
     A version names one set of weights for ever: caches are keyed by it. `digest` (`configs.lora`) lets replicas see
-    that its files are still those; empty where nobody looked. Replicas keep a `pinned` one once they have it.
+    that its files are still those; empty where nobody looked. Replicas keep a `pinned` one once they have it. `source`:
+    the URL of the source that brought it (`routing.adapter_sources`), empty where somebody added it.
     """
 
     name: ModelId
@@ -62,6 +60,7 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     num_bytes: Annotated[int, Meta(ge=0)] = 0
     digest: str = ""
     pinned: bool = False
+    source: str = ""
 
     @property
     def adapter_id(self) -> str:
@@ -82,6 +81,18 @@ Entries: TypeAlias = Mapping[str, Entry]
 
 _encode = msgspec.json.Encoder().encode
 _decoder = msgspec.json.Decoder(Entry)
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a name, or a new version of it, could not be added. `at`: Unix seconds."""
+
+    name: ModelId
+    path: str
+    message: str
+    at: float
+
+
+_failure_decoder = msgspec.json.Decoder(Failure)
 
 
 class AdapterConflictError(ValueError):
@@ -138,6 +149,7 @@ class AdapterRegistry:
         self._wall_clock = wall_clock
         self._key = store.keys("adapters")
         self._stamp_key = store.keys("adapters", "stamp")
+        self._failures_key = store.keys("adapters", "failures")
 
     async def stamp(self) -> bytes | None:
         """What changes with every write. Raises StoreError."""
@@ -221,6 +233,29 @@ class AdapterRegistry:
         await self.write([Entry(adapter=adapter, at_us=at_us, removed=True) for adapter in gone], entries)
         return gone
 
+    async def note_failure(self, failure: Failure) -> None:
+        """Remembers why the last attempt to add a name failed. Raises StoreError."""
+        await self._store.pipeline(
+            [
+                ("HSET", self._failures_key, failure.name, msgspec.json.encode(failure)),
+                ("EXPIRE", self._failures_key, int(FORGET_S)),
+            ]
+        )
+
+    async def forget_failure(self, name: str) -> None:
+        """The name was added, or removed. Raises StoreError."""
+        await self._store.execute("HDEL", self._failures_key, name)
+
+    async def failures(self) -> dict[str, Failure]:
+        """The last failure of every name whose last attempt failed. Raises StoreError."""
+        reply: Reply = await self._store.execute("HGETALL", self._failures_key)
+        found: dict[str, Failure] = {}
+        for raw_name, raw in list(reply.items())[:MAX_FAILURES]:
+            with contextlib.suppress(BadValueError, UnicodeDecodeError):
+                failure = self._store.decode(f"{self._failures_key}[{raw_name!r}]", raw, _failure_decoder)
+                found[raw_name.decode()] = failure
+        return found
+
     def _next_us(self, entries: Entries) -> int:
         """Now, or later than everything written so far: a clock that is behind must not lose its write."""
         return max(round(self._wall_clock() * 1e6), 1 + max((e.at_us for e in entries.values()), default=0))
@@ -268,78 +303,3 @@ def _weights(adapter: Adapter) -> tuple[str, str, int, int]:
 
 def _shown(adapter: Adapter) -> str:
     return f"base model {adapter.base_model}, rank {adapter.rank}, path {adapter.path or 'none'}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterWatchOptions:
-    """Seconds. News are looked for every `poll_s`; the whole is read anew every `reread_s` in any case. `wall_clock`:
-    Unix seconds."""
-
-    poll_s: float = 0.25
-    reread_s: float = 30.0
-    clock: Callable[[], float] = time.monotonic
-    wall_clock: Callable[[], float] = time.time
-
-
-class AdapterWatch:
-    """A process's copy of the catalogue, kept fresh by a task of its own; reading it never waits.
-
-    While Redis cannot be asked, the last copy stays; what Redis has lost is put back. `own`: entries that need no
-    Redis (a profile's).
-    """
-
-    def __init__(self, store: Store, own: Sequence[Entry] = (), options: AdapterWatchOptions | None = None) -> None:
-        self._options = options or AdapterWatchOptions()
-        self._registry = AdapterRegistry(store, self._options.wall_clock)
-        self._own = {entry.adapter.adapter_id: entry for entry in own}
-        self._shared: dict[str, Entry] = {}
-        self._catalogue = Catalogue(own)
-        self._stamp: bytes | None = None
-        self._read_at: float | None = None
-        self._task: asyncio.Task[None] | None = None
-
-    @property
-    def catalogue(self) -> Catalogue:
-        return self._catalogue
-
-    def start(self) -> None:
-        """Begins to watch; returns at once. Call it once."""
-        assert self._task is None, "the watch runs already"
-        self._task = asyncio.create_task(self._keep(), name="watch adapters")
-
-    async def close(self) -> None:
-        """Stops watching; the last copy stays readable. Idempotent."""
-        if self._task is not None:
-            task, self._task = self._task, None
-            while not task.done():  # a library in between may swallow one cancellation
-                task.cancel()
-                await asyncio.wait([task], timeout=0.1)
-
-    async def refresh(self) -> None:
-        """Looks for news once. Raises StoreError, then nothing has changed."""
-        stamp = await self._registry.stamp()
-        now = self._options.clock()
-        due = self._read_at is None or now - self._read_at >= self._options.reread_s
-        if stamp == self._stamp and not due:
-            return
-        found = await self._registry.read()
-        self._stamp, self._read_at = stamp, now
-        newer = {i: e for i, e in self._shared.items() if i not in found or found[i].at_us < e.at_us}
-        stale = self._registry.forgotten({**found, **newer})
-        lost = [e for i, e in newer.items() if i not in stale]
-        merged = {**found, **{entry.adapter.adapter_id: entry for entry in lost}}
-        if merged != self._shared:
-            self._shared = merged
-            self._catalogue = Catalogue({**self._own, **merged}.values())
-            log.info("adapters: %d", len(self._catalogue))
-        if lost:
-            log.warning("Redis has lost %d adapters: putting them back", len(lost))
-            await self._registry.write(lost)
-
-    async def _keep(self) -> None:
-        while True:
-            try:
-                await self.refresh()
-            except StoreError as error:
-                log.debug("keeping %d known adapters: %s", len(self._catalogue), error)
-            await asyncio.sleep(self._options.poll_s)

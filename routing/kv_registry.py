@@ -42,11 +42,12 @@ LOAD_STEP = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvRegistryOptions:
-    """Seconds. Streams are read every `poll_s`, ages looked at every `watch_s`; a replica with events that were not
-    read for `late_s` is doubted."""
+    """Seconds. Streams are read every `poll_s` while some replica has said of events that were not read, else every
+    `idle_s`; ages are looked at every `watch_s`; a replica with events that were not read for `late_s` is doubted."""
 
     poll_s: float = 0.04
-    watch_s: float = 0.05
+    idle_s: float = 0.24
+    watch_s: float = 0.1
     late_s: float = 1.0
     clock: Callable[[], float] = time.monotonic
 
@@ -72,6 +73,7 @@ class KvRegistry:
         self._sources = sources
         self._options = options or KvRegistryOptions()
         self._followers: dict[str, Follower] = {}
+        self._read_at = float("-inf")
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -144,18 +146,26 @@ class KvRegistry:
         while True:
             has_more = False
             try:
-                has_more = await self.read()
+                has_more = self._is_due() and await self.read()
             except StoreError as error:
                 log.debug("could not read KV streams: %s", error)
             except Exception:  # our bug: hits are lost, requests are not
                 log.exception("reading KV streams failed")
             await asyncio.sleep(0 if has_more else self._options.poll_s)
 
+    def _is_due(self) -> bool:
+        """Whether there is something to read, as far as is known here: to ask Redis costs as much as a request."""
+        now = self._options.clock()
+        if now - self._read_at >= self._options.idle_s:
+            return True
+        return any(not follower.following or follower.lag_s(now) > 0 for follower in self._followers.values())
+
     async def read(self) -> bool:
         """One round: new entries of those that are followed, snapshots of some that are lost; whether there is more.
 
         Raises StoreError.
         """
+        self._read_at = self._options.clock()
         following = [follower for follower in self._followers.values() if follower.following]
         has_more = await self._read_entries(following)
         return await self._heal() or has_more

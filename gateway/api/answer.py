@@ -9,7 +9,7 @@ from gateway.api.exchange import STATUS_CLIENT_GONE, Exchange
 from gateway.api.flow import Batch
 from gateway.api.sampling import Logprobs, SamplingFields
 from gateway.api.speech import Reading
-from gateway.errors import ApiError, InternalError, from_fault
+from gateway.errors import AdapterLoadingError, ApiError, InternalError, from_fault
 from gateway.ledger import Outcome, UsageRecord
 from gateway.names import Named
 from gateway.prompt import Prompter
@@ -108,6 +108,7 @@ class Meter:
         self.named: Named | None = None
         self.num_prompt_tokens = 0
         self.num_completion_tokens = 0
+        self.adapter_wait_s = 0.0
         self.cached: list[int] = []
         self.num_open = 0
         self.num_sequences = 0
@@ -139,6 +140,8 @@ class Meter:
             self._first_at = self._last_at
         for index, delta in batch:
             self.num_completion_tokens += len(delta.token_ids)
+            if delta.adapter_wait_s > self.adapter_wait_s:
+                self.adapter_wait_s = delta.adapter_wait_s
             if delta.num_cached_tokens and index % self._num_per_prompt == 0:
                 self.cached[index // self._num_per_prompt] = delta.num_cached_tokens
             if delta.finish_reason is not None:
@@ -167,6 +170,8 @@ class Meter:
     def failed(self, error: ApiError) -> None:
         self._outcome = "refused" if self._first_at is None else "error"
         self._status, self._code = error.status, error.code
+        if isinstance(error, AdapterLoadingError):
+            self.adapter_wait_s = max(self.adapter_wait_s, error.waited_s)
 
     def cancelled(self) -> None:
         self._outcome, self._status = "cancelled", STATUS_CLIENT_GONE
@@ -199,6 +204,7 @@ class Meter:
                 ttft_s=None if self._first_at is None else self._first_at - arrived,
                 duration_s=duration_s,
                 inter_token_s=self._inter_token_s(),
+                adapter_wait_s=self.adapter_wait_s,
             )
         )
 

@@ -11,7 +11,7 @@ from gateway.api.answer import Call, Choice, Identity, Meter, Prompt
 from gateway.api.chat_chunks import ChatChunks, ChatLogprobs, ReadChunks
 from gateway.api.chunks import Chunks
 from gateway.api.generate import Target
-from gateway.api.messages import Messages, TemplateOptions, chat_of
+from gateway.api.messages import Messages, ReasoningEffort, TemplateOptions, chat_of
 from gateway.api.prompt_logprobs import shown_prompt_logprobs
 from gateway.api.read_message import message_of
 from gateway.api.sampling import MAX_LOGPROBS, Count, Logprobs, SamplingFields
@@ -27,6 +27,7 @@ class ChatRequest(SamplingFields, kw_only=True):
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
     chat_template_kwargs: TemplateOptions | None = None
+    reasoning_effort: ReasoningEffort | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None

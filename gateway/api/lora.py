@@ -9,9 +9,9 @@ from msgspec import Meta
 
 from configs.schema import ModelId
 from gateway.adapter_admin import AdapterAdmin, NewAdapter
+from gateway.api.administration import adapter_admin, administrator
 from gateway.api.exchange import Exchange
 from gateway.api.fields import Body, ignored_header
-from gateway.errors import AdminRequiredError, RegistryUnavailableError
 from gateway.types import Gateway, Tenant
 
 TEXT = b"text/plain; charset=utf-8"
@@ -69,13 +69,8 @@ class LoraAdapters:
         await exchange.send(words.encode(), media_type=TEXT)
 
     def _administrator(self, exchange: Exchange) -> Tenant:
-        tenant = self._gateway.tenants.authenticate(exchange.header(b"authorization"))
-        if not tenant.admin:
-            raise AdminRequiredError("Loading and unloading adapters needs an administrator's key.")
-        return tenant
+        return administrator(self._gateway, exchange, "Loading and unloading adapters needs an administrator's key.")
 
     @property
     def _admin(self) -> AdapterAdmin:
-        if self._gateway.adapters is None:
-            raise RegistryUnavailableError("This gateway has no registry of adapters.")
-        return self._gateway.adapters
+        return adapter_admin(self._gateway)

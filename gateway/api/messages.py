@@ -50,6 +50,9 @@ class ChatMessage(msgspec.Struct, kw_only=True):
 
 
 Messages: TypeAlias = Annotated[list[ChatMessage], Meta(min_length=1, max_length=4096)]
+ReasoningEffort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+"""OpenAI's words for how long to think. Templates that know them tell the model."""
+
 TemplateOptions: TypeAlias = Annotated[dict[str, TemplateValue], Meta(max_length=32)]
 
 
@@ -61,6 +64,7 @@ class HasMessages(Protocol):
     continue_final_message: bool | None
     add_special_tokens: bool | None
     chat_template_kwargs: dict[str, TemplateValue] | None
+    reasoning_effort: ReasoningEffort | None
 
 
 def chat_of(fields: HasMessages, use: ToolUse | None = None, speech: Speech | None = None) -> Chat:
@@ -70,6 +74,9 @@ def chat_of(fields: HasMessages, use: ToolUse | None = None, speech: Speech | No
         raise BadRequestError(
             "'continue_final_message' and 'add_generation_prompt' exclude each other.", param="continue_final_message"
         )
+    effort: dict[str, TemplateValue] = (
+        {} if fields.reasoning_effort is None else {"reasoning_effort": fields.reasoning_effort}
+    )
     messages = [_for_template(i, message) for i, message in enumerate(fields.messages)]
     tools = () if use is None else use.shown
     if speech is not None and speech.tools is not None and not speech.template_takes_tools:
@@ -78,7 +85,7 @@ def chat_of(fields: HasMessages, use: ToolUse | None = None, speech: Speech | No
         messages = [_with_text_arguments(message) for message in messages]
     return Chat(
         messages=messages,
-        options=fields.chat_template_kwargs or {},
+        options=effort | (fields.chat_template_kwargs or {}),
         tools=tools,
         add_generation_prompt=not continues and fields.add_generation_prompt is not False,
         continue_final_message=continues,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,10 @@ class CallArguments:
 
 
 Piece: TypeAlias = Content | Thought | CallBegun | CallArguments
+
+
+Stage: TypeAlias = Literal["before", "inside", "after"]
+"""Of the text that is to come: a thought may begin, has begun, is over."""
 
 
 class Reader(Protocol):

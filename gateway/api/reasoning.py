@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal
 
-from gateway.api.pieces import Content, Piece, Reader, Thought, num_held
-
-Stage: TypeAlias = Literal["before", "inside", "after"]
-"""Of the text that is to come: a thought may begin, has begun, is over."""
+from gateway.api.harmony import HarmonyReasoning
+from gateway.api.pieces import Content, Piece, Reader, Stage, Thought, num_held
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +42,13 @@ class ReasoningFormat:
             return "after"
         return "inside" if self.always else "before"
 
-    def preface(self, stage: Stage, spell: Callable[[str], str]) -> str:
+    def lead(self, stage: Stage, spell: Callable[[str], str]) -> str:
+        """Lark for what stands before content, thoughts apart: nothing."""
+        return ""
+
+    def preface(self, stage: Stage, spell: Callable[[str], str], lead: str = "") -> str:
         """Lark rules for what may come before text that follows a grammar; "" when nothing may. `spell` writes a tag:
-        as text, or as the special token it is."""
+        as text, or as the special token it is. `lead`: what stands before the text in any case."""
         if stage == "after":
             return ""
         end = spell(self.end)
@@ -58,7 +60,7 @@ class ReasoningFormat:
 _THINK = ReasoningFormat("<think>", "</think>")
 _ALWAYS = ReasoningFormat("<think>", "</think>", always=True)
 
-REASONING_FORMATS: dict[str, ReasoningFormat] = {
+REASONING_FORMATS: dict[str, ReasoningFormat | HarmonyReasoning] = {
     "deepseek_r1": _ALWAYS,
     "deepseek_v3": _THINK,
     "ernie45": ReasoningFormat("<think>", "</think>", always=True, answer=("<response>", "</response>")),
@@ -67,6 +69,7 @@ REASONING_FORMATS: dict[str, ReasoningFormat] = {
     "kimi_k2": _THINK,
     "minimax_m2": _ALWAYS,
     "mistral": ReasoningFormat("[THINK]", "[/THINK]"),
+    "openai_gptoss": HarmonyReasoning(),
     "nemotron_v3": _ALWAYS,
     "olmo3": _THINK,
     "qwen3": _THINK,
@@ -78,6 +81,8 @@ REASONING_FORMATS: dict[str, ReasoningFormat] = {
 
 def detect_reasoning(template: str) -> str | None:
     """The name of the format that a chat template speaks of."""
+    if "<|channel|>" in template:
+        return "openai_gptoss"
     if "[THINK]" in template:
         return "mistral"
     if "<seed:think>" in template:

@@ -16,8 +16,9 @@ import msgspec
 
 from configs.grammars.source import MAX_SOURCE_BYTES, GrammarSource, literal
 from configs.schema import ModelConfig
-from gateway.api.pieces import Content, Piece, Reader
-from gateway.api.reasoning import REASONING_FORMATS, ReasoningFormat, Stage, detect_reasoning
+from gateway.api.harmony import HarmonyReasoning
+from gateway.api.pieces import Content, Piece, Reader, Stage
+from gateway.api.reasoning import REASONING_FORMATS, ReasoningFormat, detect_reasoning
 from gateway.api.schema_rules import MAX_DEPTH, is_too_deep
 from gateway.api.tools.declared import ToolUse
 from gateway.api.tools.families import takes_tools, tool_format
@@ -33,7 +34,7 @@ class Speech:
     special tokens by their text. `text_arguments`: the template takes arguments of earlier calls as text only."""
 
     tools: ToolFormat | None
-    reasoning: ReasoningFormat | None
+    reasoning: ReasoningFormat | HarmonyReasoning | None
     template_takes_tools: bool
     special: Mapping[str, int]
     text_arguments: bool = False
@@ -144,8 +145,15 @@ class Reading:
         wanted = self._with_calls(constraint)
         if wanted is None or self.stage is None or self.speech.reasoning is None:
             return wanted
-        preface = self.speech.reasoning.preface(self.stage, self.speech.spell)
+        lead = self._lead() if wanted is constraint else ""  # rules of calls have it where it belongs
+        preface = self.speech.reasoning.preface(self.stage, self.speech.spell, lead)
         return msgspec.structs.replace(wanted, source=msgspec.structs.replace(wanted.source, preface=preface))
+
+    def _lead(self) -> str:
+        """Lark for what this family writes before content."""
+        if self.stage is None or self.speech.reasoning is None:
+            return ""
+        return self.speech.reasoning.lead(self.stage, self.speech.spell)
 
     def _with_calls(self, constraint: Constraint | None) -> Constraint | None:
         use, form = self.use, self.speech.tools
@@ -158,11 +166,13 @@ class Reading:
         if use.forced:
             start = "start: calls"
         elif constraint is not None:
-            start = "start: calls | @content"
+            start = f"start: calls | {self._lead()} @content"
             schemas["content"] = _schema_of(constraint)
             strict |= {"content"} if constraint.source.strict else set()
         elif calls.has_lead:
             start = f"start: {'(lead rest)* TEXT' if use.many else _ONE_CALL}\nTEXT: {TEXT}"
+        elif self._lead():
+            start = f"start: calls | {self._lead()} TEXT\nTEXT: {TEXT}"
         else:
             start = f"start: calls | TEXT\nTEXT: {_NO_OBJECT}"
         parts = {"rules": "\n".join([start, *rules, ""]), "schemas": schemas, "strict": sorted(strict)}

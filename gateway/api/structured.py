@@ -73,6 +73,9 @@ class StructuredFields(msgspec.Struct, kw_only=True):
         if len(asked) > 1:
             names = "', '".join(constraint.param for constraint in asked)
             raise BadRequestError(f"'{names}' exclude one another; give one of them.", param=asked[1].param)
+        if self.structured_outputs is not None and self.structured_outputs == StructuredOutputs():
+            kinds = "json, json_object, regex, choice, grammar or structural_tag"
+            raise BadRequestError(f"'structured_outputs' asks for nothing: give {kinds}.", param="structured_outputs")
         return asked[0] if asked else None
 
 

@@ -10,7 +10,7 @@ from msgspec import Meta
 from configs.schema import ModelConfig
 from gateway.api.exchange import Exchange
 from gateway.api.fields import Body, ignored_header
-from gateway.api.messages import Messages, TemplateOptions, chat_of
+from gateway.api.messages import Messages, ReasoningEffort, TemplateOptions, chat_of
 from gateway.api.sampling import TokenId
 from gateway.api.speech import Speeches
 from gateway.api.tools.declared import ToolChoiceField, Tools, tool_use
@@ -36,6 +36,7 @@ class TokenizeChatRequest(msgspec.Struct, kw_only=True):
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
     chat_template_kwargs: TemplateOptions | None = None
+    reasoning_effort: ReasoningEffort | None = None
     tools: Tools | None = None
     tool_choice: ToolChoiceField | None = None
     parallel_tool_calls: bool | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from math import inf
 from typing import Generic, Protocol, TypeVar
 
-from replicas.adapter_loads import LoadTimes
+from replicas.adapter_counts import LoadTimes
 from replicas.adapter_slots import AdapterSlots
 
 REFERENCE_RANK = 8

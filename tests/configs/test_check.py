@@ -95,6 +95,31 @@ def test_an_adapter_of_a_model_whose_replicas_have_no_slots_is_found() -> None:
     assert (at, reason) == ("adapters[0].base_model", "no group of model 'm' has adapter slots")
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "part"),
+    [
+        ({"url": "file:///a", "base_model": "n"}, "adapter_sources[0].base_model", "no model 'n'"),
+        ({"url": "file:///a", "base_model": "m", "owner": "x"}, "adapter_sources[0].owner", "no tenant 'x'"),
+        ({"url": "/a", "base_model": "m"}, "adapter_sources[0].url", "expected a URL, of this folder file:///a"),
+        ({"url": "file:///a/", "base_model": "m"}, "adapter_sources[0].url", "write it as file:///a"),
+        ({"url": "http://h/a", "base_model": "m"}, "adapter_sources[0].url", "http:// cannot be read"),
+        ({"url": "s3://k:secret@b", "base_model": "m"}, "adapter_sources[0].url", "neither password nor port"),
+    ],
+)
+def test_a_source_needs_a_url_of_a_folder_and_a_model_with_slots(section: dict[str, Any], key: str, part: str) -> None:
+    ((at, reason),) = found(groups=[SLOTS], adapter_sources=[section])
+    assert at == key and part in reason and "secret" not in reason
+
+
+def test_sources_differ_and_roots_are_places() -> None:
+    good = {"url": "s3://b/x", "base_model": "m"}
+    assert found(groups=[SLOTS], adapter_sources=[good], adapter_files={"roots": ["/a", "s3://b"]}) == []
+    ((at, reason),) = found(groups=[SLOTS], adapter_sources=[good, good])
+    assert at == "adapter_sources[1].url" and "duplicate source" in reason
+    ((at, reason),) = found(adapter_files={"roots": ["a"]})
+    assert at == "adapter_files.roots[0]" and "needs an absolute path" in reason
+
+
 NATIVE = {"name": "g", "model": "m", "engine": {"kind": "native", "max_adapters": 2, "max_lora_rank": 16}}
 
 
@@ -119,6 +144,7 @@ def test_a_profile_s_adapters_are_looked_at_before_anything_starts(tmp_path: Pat
     assert key == "adapters[0].path" and "beyond engine.max_lora_rank (16)" in reason
     ((key, reason),) = broken(tmp_path / "x", 8, path=str(tmp_path / "nowhere"))
     assert key == "adapters[0].path" and "adapter_config.json is missing" in reason
+    assert broken(tmp_path / "x", 8, path="s3://bucket/a") == [], "looked at when it is loaded"
     ((key, reason),) = broken(tmp_path / "x", 8, path="adapters/a")
     assert key == "adapters[0].path" and "needs an absolute path" in reason
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
-from configs.document import read_text
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from configs.document import read_text, write_text
 from configs.errors import ConfigError
 
 
@@ -74,3 +78,15 @@ def test_bad_documents_are_one_line(text: str, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read_text(text, "t")
     assert str(caught.value) == expected
+
+
+_WORDS = st.text(st.characters(exclude_categories=["C", "Zl", "Zp"]))
+_SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), _WORDS)
+_TREES = st.recursive(_SCALARS, lambda inner: st.one_of(st.lists(inner), st.dictionaries(_WORDS, inner)), max_leaves=20)
+
+
+@settings(deadline=None)
+@given(_TREES)
+@example({"on": "no", "a": "1e3", "b": "010", "c": "12:30", "d": "~", "e": "yes", "f": "0x1F", "g": 1e-05, "h": "<<"})
+def test_written_text_is_read_as_the_same_tree(tree: Any) -> None:
+    assert read_text(write_text(tree), "it").tree == tree

@@ -241,3 +241,9 @@ def test_a_section_set_whole_forgets_the_lines_it_replaced(profile: Path) -> Non
     loaded = load_profile(profile, {"WARMGATE_HTTP": "{docs: false}"})
     assert loaded.config.http.port == 8000
     assert loaded.origin_of(("http", "port")) is None
+
+
+def test_words_that_may_be_left_out_are_listed_too(profile: Path) -> None:
+    words = error_of(profile, GOOD.replace("{kind: sim}", "{quantization: int3}"))
+    assert words.startswith("p.yaml:7: groups[0].engine.quantization: expected one of int8, w8a8,")
+    assert words.endswith("gguf, got 'int3'")

@@ -222,3 +222,39 @@ def test_a_folder_without_a_checkpoint_is_said(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("[1]")
     with pytest.raises(LoraError, match="is not a JSON object"):
         read_lora(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("header", "config"),
+    [
+        ('{"x": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 4]}}', {}),
+        ('{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, "4"]}}', {}),
+        ("{}", {"lora_alpha": 10**400}),
+        ("{}", {"target_modules": "(" * 5000}),
+        ("{}", {"rank_pattern": {"\ud800" * 5000: 0}}),
+    ],
+)
+def test_whatever_a_stranger_writes_is_an_error_of_ours_and_short(
+    header: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    plain = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**plain, **config}))
+    raw = header.encode()
+    (tmp_path / "adapter_model.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + b"0000")
+    with pytest.raises(LoraError) as error:
+        read_lora(tmp_path)
+    assert len(str(error.value)) <= 600 and str(error.value).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "same"),
+    [
+        ("Qwen/Qwen2.5-32B-Instruct", "Qwen/Qwen2.5-32B-Instruct-AWQ", True),
+        ("meta-llama/Llama-3.1-8B", "me/llama-3.1-8b-quantized.w8a8", True),
+        ("org/m", "org/m-GPTQ-Int4", True),
+        ("org/awq", "org/gptq", False),
+        ("org/m-7b", "org/m-8b-AWQ", False),
+    ],
+)
+def test_adapters_of_a_model_fit_its_quantised_twins(name: str, known: str, same: bool) -> None:
+    assert same_model(name, known) is same

@@ -52,7 +52,7 @@ class Conversation:
 
 
 def test_every_turn_of_a_chat_finds_what_the_turns_before_it_left(http: httpx.Client) -> None:
-    chats = [Conversation(name) for name in ("northern", "southern", "eastern", "western")]
+    chats = [Conversation(name) for name in ("northern", "southern", "eastern", "western", "upper", "lower")]
     for question in QUESTIONS:
         with ThreadPoolExecutor(len(chats)) as pool:
             list(pool.map(lambda chat, words=question: chat.turn(http, words), chats))

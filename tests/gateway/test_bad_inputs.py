@@ -152,6 +152,8 @@ BAD: list[tuple[tuple[str, dict[str, Any]], str, str | None]] = [
     (chat(prediction={"type": "content", "content": "x"}), "prediction", "unsupported_parameter"),
     (chat(web_search_options={}), "web_search_options", "unsupported_parameter"),
     (chat(structured_outputs={"choice": []}), "structured_outputs.choice", "invalid_value"),
+    (chat(structured_outputs={}), "structured_outputs", None),
+    (chat(structured_outputs={"regexp": "a"}), "structured_outputs", None),
     (chat(prompt_logprobs=21), "prompt_logprobs", "invalid_value"),
     (text(prompt_logprobs=1, stream=True), "prompt_logprobs", None),
     (chat(use_beam_search=True), "use_beam_search", "unsupported_parameter"),

@@ -193,7 +193,7 @@ async def test_what_cannot_be_loaded_is_told_and_changes_nothing(stack: Stack, w
     for path, words in (
         (str(broken), "DoRA cannot be served"),
         (str(world.adapters["large"].path), "has rank 64, the most is 16"),
-        (str(other), "trained on 'org/other', which is none of the names of this model: m"),
+        (str(other), "trained on 'org/other', which is none of the names of this model (engine.lora_base_models): m"),
         (str(world.folder / "nowhere"), "adapter_config.json is missing"),
         ("~nosuchuser/x", "'~nosuchuser/x' names no folder"),
         ("/" + "a" * 300, "File name too long"),

@@ -12,8 +12,8 @@ import pytest
 
 from configs.grammars.source import MAX_SOURCE_BYTES, GrammarSource, literal
 from configs.grammars.translate import LIMITS, to_llguidance
-from gateway.api.pieces import CallArguments
-from gateway.api.reasoning import REASONING_FORMATS, Stage
+from gateway.api.pieces import CallArguments, Stage
+from gateway.api.reasoning import REASONING_FORMATS
 from gateway.api.speech import Reading, Speech
 from gateway.api.tools.declared import FunctionDefinition, ToolUse
 from gateway.api.tools.families import TOOL_FORMATS
@@ -130,6 +130,35 @@ def test_a_thought_ends_at_a_token_where_its_tag_is_one() -> None:
     assert follows(constraint, [*b"so </think> is text here", THINK_TOKEN, *b"\nab"])
     assert not follows(constraint, "so </think>\nab")
     assert thinking.shows_special
+
+
+def test_gpt_oss_content_has_a_header_of_its_own_that_no_schema_knows() -> None:
+    speech = Speech(TOOL_FORMATS["openai"], REASONING_FORMATS["openai_gptoss"], True, {})
+    thought = "<|channel|>analysis<|message|>so<|end|><|start|>assistant"
+    final = "<|channel|>final<|message|>"
+    wanted = Constraint(source=GrammarSource(kind="json", text='{"const": 1}'), param="response_format")
+    plain = Reading(speech, None, "before", lambda: "id").constrained(wanted)
+    assert follows(plain, f"{thought}{final}1") and follows(plain, f"{final}1")
+    assert not follows(plain, "1") and not follows(plain, f"{thought}1") and not follows(plain, f"{final}2")
+    inside = Reading(speech, None, "inside", lambda: "id").constrained(wanted)
+    assert follows(inside, f"so<|end|><|start|>assistant{final}1") and not follows(inside, f"{final}1")
+    assert follows(Reading(speech, None, "after", lambda: "id").constrained(wanted), "1")
+    functions = (FunctionDefinition(name="weather", parameters=CITY),)
+    call, forced = speech.tools.spelled(CALLS[:1]) if speech.tools else "", ToolUse((), functions, forced=True)
+    made = Reading(speech, forced, "before", lambda: "id").constrained(None)
+    assert follows(made, f"{thought}{call}") and follows(made, call) and not follows(made, f"{final}{call}")
+    either = Reading(speech, ToolUse((), functions), "before", lambda: "id").constrained(wanted)
+    assert follows(either, f"{thought}{final}1") and follows(either, f"{thought}{call}") and not follows(either, "1")
+
+
+def test_gpt_oss_markers_that_are_tokens_stand_for_themselves() -> None:
+    functions = (FunctionDefinition(name="weather", parameters=CITY, strict=True),)
+    special = {"<|channel|>": THINK_TOKEN}
+    speech = Speech(TOOL_FORMATS["openai"], REASONING_FORMATS["openai_gptoss"], True, special)
+    strict = Reading(speech, ToolUse((), functions), "before", lambda: "id").constrained(None)
+    call = b'commentary to=functions.weather <|constrain|>json<|message|>{"city": "%s"}'
+    assert follows(strict, [THINK_TOKEN, *(call % b"Rome")]) and not follows(strict, [THINK_TOKEN, *(call % b"Oslo")])
+    assert follows(strict, [THINK_TOKEN, *b"final<|message|>Any text."])
 
 
 def test_thoughts_come_before_calls_too() -> None:

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.api.pieces import CallArguments, CallBegun, Content, Piece, Reader, Thought, num_held
-from gateway.api.reasoning import REASONING_FORMATS, ReasoningReader, Stage, detect_reasoning
+from gateway.api.pieces import CallArguments, CallBegun, Content, Piece, Reader, Stage, Thought, num_held
+from gateway.api.reasoning import REASONING_FORMATS, detect_reasoning
 from gateway.api.tools.declared import FunctionDefinition, ToolUse
 from gateway.api.tools.families import TOOL_FORMATS, detect_tools, takes_tools, tool_format
 from gateway.api.tools.parameters import kinds
@@ -65,6 +65,8 @@ def call(name: str, key: str = "arguments", **arguments: Any) -> str:
 
 ARGUMENTS = json.dumps(PARIS, ensure_ascii=False)
 HERMES = f"<tool_call>\n{call('weather', **PARIS)}\n</tool_call>"
+HARMONY = f"<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{ARGUMENTS}<|call|>"
+PARIS_CALL = ["weather", ARGUMENTS]
 CASES: list[tuple[str, str, list[Any]]] = [
     ("hermes", "Just text, with < and <tool and {.", ["Just text, with < and <tool and {."]),
     ("hermes", HERMES, [["weather", ARGUMENTS]]),
@@ -78,6 +80,27 @@ CASES: list[tuple[str, str, list[Any]]] = [
     ("hermes", "a <tool_call>no call</tool_call> b", ["a <tool_call>no call</tool_call> b"]),
     ("hermes", '<tool_call>{"name": 5}</tool_call>', ['<tool_call>{"name": 5}</tool_call>']),
     ("hermes", "<tool_call></tool_call>", ["<tool_call></tool_call>"]),
+    ("hermes", f"{HERMES}\n<tool_call>\n", [["weather", ARGUMENTS]]),
+    ("hermes", f"{HERMES} <tool_call>no call", [["weather", ARGUMENTS], " <tool_call>no call"]),
+    ("openai", f"<|channel|>analysis<|message|>Hm <|.<|end|><|start|>assistant{HARMONY}",
+     [("thought", "Hm <|."), PARIS_CALL]),
+    ("openai", f"{HARMONY}<|start|>assistant{HARMONY}", [PARIS_CALL, PARIS_CALL]),
+    ("openai", f"<|channel|>commentary<|message|>I look.<|end|><|start|>assistant{HARMONY}", ["I look.", PARIS_CALL]),
+    ("openai", "<|start|>assistant to=functions.now<|channel|>commentary json<|message|>{}", [["now", "{}"]]),
+    ("openai", "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>analysis<|message|>b<|end|>"
+     "<|start|>assistant<|channel|>final<|message|>c<|return|>", [("thought", "a\nb"), "c"]),
+    ("openai", '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city',
+     [["weather", '{"city']]),
+    ("openai", "<|channel|>analysis to=python<|message|>1 + 1<|call|>", [("thought", "1 + 1")]),
+    ("openai", "<|channel|>final<|message|>a < b<|e", ["a < b<|e"]),
+    ("openai", HARMONY.replace(ARGUMENTS, '{"a": "<|end|> \\"<|call|>"} '),
+     [["weather", '{"a": "<|end|> \\"<|call|>"} ']]),
+    ("openai", HARMONY.replace(ARGUMENTS, " [1] {"), [["weather", "[1] {"]]),
+    ("openai", HARMONY.replace(ARGUMENTS, '{"a": 1') + "<|start|>assistant<|channel|>final<|message|>So.",
+     [["weather", '{"a": 1'], "So."]),
+    ("openai", "<|channel|>fin", []),
+    ("openai", "Just text, with < and <|chan.", ["Just text, with < and <|chan."]),
+    ("openai", f"<|channel|>{'x' * 300}", [f"<|channel|>{'x' * 300}"]),
     ("hermes", '<tool_call>{"na', ['<tool_call>{"na']),
     ("hermes", "", []),
     ("smollm2", f"<tool_call>[{call('now', a=1)}]</tool_call>", [["now", '{"a": 1}']]),
@@ -270,6 +293,7 @@ def test_text_is_shown_as_soon_as_it_cannot_be_a_marker() -> None:
         ("<｜tool▁calls▁begin｜>", "deepseek_v31"),
         ("<｜tool▁calls▁begin｜> ```json", "deepseek_v3"),
         ("<|tool_calls_section_begin|>", "kimi_k2"),
+        ("<|start|>assistant<|channel|>final<|message|>", "openai"),
         ("no tools here", "hermes"),
     ],
 )
@@ -285,7 +309,7 @@ def test_a_template_that_uses_tools_is_known_by_the_word() -> None:
 # Thoughts.
 
 
-def thinking(name: str, stage: Stage, rest: Reader | None = None) -> ReasoningReader:
+def thinking(name: str, stage: Stage, rest: Reader | None = None) -> Reader:
     return REASONING_FORMATS[name].reader(stage, rest)
 
 
@@ -305,6 +329,11 @@ THOUGHTS: list[tuple[str, Stage, str, list[Any]]] = [
     ("hunyuan_a13b", "before", "<think>a</think><answer>\nb\n</ans", [("thought", "a"), "b\n</ans"]),
     ("hunyuan_a13b", "after", "<answer>\n", []),
     ("step3", "inside", "a</think>b", [("thought", "a"), "b"]),
+    ("openai_gptoss", "before", "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b",
+     [("thought", "a"), "b"]),
+    ("openai_gptoss", "inside", "a<|end|><|start|>assistant<|channel|>final <|constrain|>json<|message|>{}<|return|>",
+     [("thought", "a"), "{}"]),
+    ("openai_gptoss", "after", "b<|return|>", ["b"]),
     ("qwen3", "before", f"<think>\nI call.\n</think>\n\n{HERMES}", [("thought", "I call.\n"), ["weather", ARGUMENTS]]),
 ]  # fmt: skip
 
@@ -324,6 +353,10 @@ def test_thoughts_are_told_from_answers_whatever_the_pieces(
     ("name", "prompt", "continues", "stage"),
     [
         ("qwen3", "<|im_start|>assistant\n", False, "before"),
+        ("openai_gptoss", "<|start|>assistant", False, "before"),
+        ("openai_gptoss", "<|start|>assistant<|channel|>analysis<|message|>", False, "inside"),
+        ("openai_gptoss", "<|start|>assistant<|channel|>final<|message|>", False, "after"),
+        ("openai_gptoss", "<|channel|>analysis<|message|>a<|end|>…<|channel|>final<|message|>Par", True, "after"),
         ("qwen3", "assistant\n<think>\n", False, "inside"),
         ("qwen3", "assistant\n<think>\n\n</think>\n\n", False, "after"),
         ("deepseek_r1", "<|Assistant|>", False, "inside"),

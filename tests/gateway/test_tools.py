@@ -365,6 +365,35 @@ async def test_a_model_told_not_to_think_is_not_read_for_thoughts() -> None:
     assert (await whole(said(THOUGHT, THINKING_TEMPLATE, reasoning_parser="none")))["message"]["content"] == THOUGHT
 
 
+async def test_how_long_to_think_is_told_by_the_template() -> None:
+    template = "{{ reasoning_effort or 'as it likes' }}"
+    for body, prompt in (
+        ({"reasoning_effort": "low"}, "low"),
+        ({}, "as it likes"),
+        ({"reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": "high"}}, "high"),
+    ):
+        served = said("", template)
+        await whole(served, **body)
+        assert prompt_of(served) == prompt
+
+
+HARMONY_TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if tools %}namespace functions{% endif %}{# <|channel|>final #}<|start|>assistant"
+)
+
+
+async def test_gpt_oss_speaks_in_channels() -> None:
+    thought, call = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant", TOOL_FORMATS["openai"]
+    text = f"{thought}<|channel|>final<|message|>Paris.<|return|>"
+    message = (await whole(said(text, HARMONY_TEMPLATE)))["message"]
+    assert (message["reasoning"], message["content"]) == ("Hm.", "Paris.")
+    choice = await whole(said(thought + call.spelled([("weather", {"city": "Rome"})]), HARMONY_TEMPLATE), tools=TOOLS)
+    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
+    assert choice["message"]["reasoning"] == "Hm."
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"city": "Rome"}'}
+
+
 async def test_r1_thinks_from_its_first_word() -> None:
     choice = await whole(said("Hm.</think>Hi!", reasoning_parser="deepseek_r1"))
     assert (choice["message"]["reasoning"], choice["message"]["content"]) == ("Hm.", "Hi!")

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,11 +114,12 @@ def listens(process: psutil.Process) -> set[tuple[str, int]]:
     return {(c.laddr.ip.removeprefix("::ffff:"), c.laddr.port) for c in found if c.status == psutil.CONN_LISTEN}
 
 
-def start(log: Path, *settings: str, profile: str = "sim") -> Stack:
-    """Starts a stack on a free port; `settings` are KEY=VALUE. Does not wait."""
+def start(log: Path, *settings: str, profile: str = "sim", options: Sequence[str] = ()) -> Stack:
+    """Starts a stack on a free port; `settings` are KEY=VALUE, `options` further words. Does not wait."""
     port = free_port()
     words = [sys.executable, "-m", "ops.cli", "serve", profile, "--port", str(port)]
     words += [word for setting in settings for word in ("--set", setting)]
+    words += options
     with log.open("wb") as out:
         process = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
     return Stack(process, port, log)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from click.testing import CliRunner, Result
 
 from ops.cli import main
 from ops.instance import Instance
+from routing.adapter_sources import SourceBoard, SourceStatus
+from routing.adapters import Adapter, AdapterRegistry
+from routing.store import Store
 from tests.routing import conftest as routing_conftest
 from tests.routing.conftest import Valkey
 
@@ -122,3 +126,45 @@ def test_a_registry_that_does_not_answer_is_an_error_of_one_line() -> None:
     assert result.exit_code == 1 and result.output.startswith("error: Redis:") and result.output.count("\n") == 1
     odd = CliRunner().invoke(main, ["adapters", "--redis", "http://x", "list"], prog_name="warmgate")
     assert odd.exit_code == 1 and odd.output.startswith("error: ")
+
+
+def test_a_checkpoint_at_a_url_is_fetched_and_looked_at_first(
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WARMGATE_HOME", str(tmp_path / "home"))
+    folder = checkpoint(tmp_path / "x")
+    added = run("add", "voice", "--base-model", "m", "--path", f"file://{folder}/")
+    assert added.exit_code == 0, added.output
+    (row,) = json.loads(run("list", "--json").output)
+    assert (row["path"], row["rank"], row["source"]) == (f"file://{folder}", 4, "")
+    assert (tmp_path / "home" / "adapters" / row["digest"] / "adapter_model.safetensors").is_file()
+    for url, words in (
+        (f"file://{tmp_path}/nowhere", "adapter_config.json is missing"),
+        ("http://host/x", "http:// cannot be read"),
+    ):
+        refused = run("add", "other", "--base-model", "m", "--path", url)
+        assert refused.exit_code == 1 and words in refused.output
+
+
+def test_sources_are_shown_as_they_were_last_seen(run: Runner) -> None:
+    assert "a profile names them under adapter_sources" in run("sources").output
+
+    async def tell(store: Store) -> None:
+        board = SourceBoard(store)
+        seen = SourceStatus(url="s3://b/x", base_model="m", looked_at=1.0, num_adapters=3, failed={"bad": "why"})
+        await board.tell(seen)
+        await board.tell(SourceStatus(url="file:///y", base_model="m", error="it is gone", num_waiting=2))
+        await AdapterRegistry(store).add(Adapter(name="v", base_model="m", path="s3://b/x/v", source="s3://b/x"))
+        await store.close()
+
+    asyncio.run(tell(Store(run.url, "c")))
+    said = run("sources").output
+    for words in (
+        "s3://b/x  m  3 adapters, seen 19",
+        "  bad: why",
+        "file:///y  m  0 adapters, seen never",
+        "it is gone",
+    ):
+        assert words in said
+    assert [row["url"] for row in json.loads(run("sources", "--json").output)] == ["s3://b/x", "file:///y"]
+    assert "s3://b/x/v  (of a source)" in run("list").output

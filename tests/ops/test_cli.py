@@ -55,7 +55,7 @@ def test_lists_of_commands_are_not_cut_in_a_terminal_of_80_columns(group: str, r
     assert listed and "..." not in listed
 
 
-@pytest.mark.parametrize("verb", ["serve", "chat", "doctor", "explain", "models pull", "config show"])
+@pytest.mark.parametrize("verb", ["serve", "chat", "doctor", "explain", "models pull", "config show", "tune"])
 def test_help_shows_examples_to_paste(verb: str, run: Runner) -> None:
     assert f"  warmgate {verb}" in run(*verb.split(), "--help").output
 

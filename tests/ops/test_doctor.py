@@ -256,3 +256,21 @@ def test_auto_is_float32_on_a_cpu_whatever_the_files_hold(tmp_path: Path) -> Non
     half = msgspec.structs.replace(group, engine=msgspec.structs.replace(group.engine, dtype="bfloat16"))
     weights = group_memory(group, model, tmp_path).replica_bytes - group_memory(half, model, tmp_path).replica_bytes
     assert weights == 1000
+
+
+def test_sources_of_adapters_are_looked_into(tmp_path: Path) -> None:
+    def said(url: str, *settings: str) -> Finding:
+        source = (f"adapter_sources.0.url={url}", "adapter_sources.0.base_model=sim", *settings)
+        return only(checks.adapter_sources(patient(tmp_path, "groups.0.engine.sim.max_adapters=2", *source)))
+
+    assert list(checks.adapter_sources(patient(tmp_path))) == []
+    for name in ("x", "y"):
+        (tmp_path / "s" / name).mkdir(parents=True)
+        (tmp_path / "s" / name / "adapter_config.json").write_text("{}")
+    found = said(f"file://{tmp_path}/s")
+    assert (found.status, found.detail) == ("ok", f"file://{tmp_path}/s: 2 adapters")
+    found = said(f"file://{tmp_path}/s", "adapter_sources.0.max_adapters=1")
+    assert found.status == "warn" and "1 are passed over" in found.advice
+    assert said(f"file://{tmp_path}/none").status == "warn"
+    found = said("gs://bucket/x")
+    assert found.status == "fail" and "gs:// needs gcsfs" in found.detail

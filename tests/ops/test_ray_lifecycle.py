@@ -1,5 +1,6 @@
 """Beginning and end of `warmgate serve`: two side by side, every way to stop it, every way not to start."""
 
+import contextlib
 import json
 import os
 import signal
@@ -57,6 +58,7 @@ def test_an_instance_beside_another_drains_at_sigterm_and_leaves_no_process(stac
     assert stack.chat().status_code == 200
 
 
+@pytest.mark.slow
 def test_a_stream_longer_than_the_drain_ends_in_an_error_event(second):
     other = second("ray.drain_s=2", "groups.0.engine.sim.step_base_s=0.05")
     other.wait_ready()
@@ -78,6 +80,7 @@ def test_nothing_outlives_a_supervisor_that_was_killed(second):
     assert eventually(lambda: left(family) == [], limit_s=10), left(family)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_does_not_wait_for_the_drain(second):
     other = second("ray.drain_s=60", "groups.0.engine.sim.step_base_s=0.05")
     other.wait_ready()
@@ -119,6 +122,7 @@ def test_a_port_in_use_is_exit_code_2_and_starts_nothing(tmp_path):
     assert f"port {port} of 127.0.0.1 is in use" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_says_why_keeps_the_logs_and_leaves_no_process(second):
     other = second("telemetry.usage_log=/dev/null/usage.jsonl")
     assert other.process.wait(ray_stack.START_LIMIT_S) == 1
@@ -163,14 +167,14 @@ shutil.rmtree(runtime.run_dir)
 
 def test_serve_run_builds_the_same_application(tmp_path):
     """As `serve run ops.deploy:build profile=sim` does, on a Ray of its own."""
-    port = free_block(1)
-    words = [sys.executable, "-c", BUILD, str(port), "sim"]
-    with (
-        (tmp_path / "log").open("wb") as log,
-        subprocess.Popen(words, stdin=subprocess.PIPE, stdout=log, stderr=log) as driver,
-    ):
-        ended = eventually(lambda: "deployed" in (tmp_path / "log").read_text() or driver.poll() is not None, 120)
-        assert ended and driver.poll() is None, (tmp_path / "log").read_text()
+    with contextlib.ExitStack() as running:
+        for attempt in range(2):
+            port, log = free_block(1), tmp_path / f"log{attempt}"
+            driver = running.enter_context(built(port, log))
+            ended = eventually(lambda log=log, of=driver: "deployed" in log.read_text() or of.poll() is not None, 120)
+            if "Failed to connect to GCS" not in log.read_text():  # Ray ends the program when its own head is too slow
+                break
+        assert ended and driver.poll() is None, log.read_text()
         url = f"http://127.0.0.1:{port}"
         assert eventually(lambda: httpx.get(f"{url}/ready").json().get("replicas") == {"sim": 2})
         answer = httpx.post(f"{url}/v1/chat/completions", content=json.dumps(chat_body()), timeout=30)
@@ -179,3 +183,14 @@ def test_serve_run_builds_the_same_application(tmp_path):
         driver.stdin.close()
         assert driver.wait(60) == 0
     assert eventually(lambda: left(family) == [])
+
+
+@contextlib.contextmanager
+def built(port, log):
+    """A program that deploys the application and waits for the end of its stdin."""
+    words = [sys.executable, "-c", BUILD, str(port), "sim"]
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(words, stdin=subprocess.PIPE, stdout=output, stderr=output) as driver,
+    ):
+        yield driver

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replicas.contract import AdapterSpec, EngineDeadError, EngineError, RefusedError
+from replicas.contract import AdapterSpec, EngineDeadError, EngineError, GenerateRequest, RefusedError
 from tests.replicas.adapter_kit import AdapterKit, settle
 
 
@@ -310,7 +310,7 @@ async def test_time_spent_waiting_comes_off_the_deadline_and_a_passed_one_ends_t
     await settle()
     await kit.finish("a@1", took_s=4.0)
     fault = kit.fault("short")
-    assert fault is not None and fault.code == "deadline_exceeded"
+    assert fault is not None and (fault.code, fault.retry_after_s) == ("adapter_loading", 0.0)
     assert kit.inner.open["long"].deadline_s == pytest.approx(6.0)
     await kit.engine.close()
 
@@ -486,4 +486,24 @@ async def _random_walk(rng: random.Random, num_slots: int, max_loads: int) -> No
                 kit.engine._holds.end(adapter_id)
     assert all(map(kit.ended, accepted)), "somebody was forgotten"
     assert kit.engine.stats().num_waiting == 0 and not kit.engine._uses
+    await kit.engine.close()
+
+
+async def test_a_request_that_the_engine_cannot_take_keeps_nobody_else_from_theirs() -> None:
+    kit = await AdapterKit().start()
+    for i in range(3):
+        kit.ask(f"r{i}", "a@1")
+    await settle()
+    submit = kit.inner.submit
+
+    def stumbling(request: GenerateRequest) -> None:
+        if request.request_id == "r0":
+            raise ValueError("a bug of ours")
+        submit(request)
+
+    kit.inner.submit = stumbling  # type: ignore[method-assign]
+    await kit.finish("a@1")
+    assert list(kit.inner.open) == ["r1", "r2"]
+    fault = kit.fault("r0")
+    assert kit.ended("r0") and fault is not None and fault.code == "internal"
     await kit.engine.close()

@@ -13,14 +13,13 @@ from hypothesis import strategies as st
 
 import routing.adapters as adapters_module
 from configs.schema import AdapterConfig
+from routing.adapter_watch import AdapterWatch, AdapterWatchOptions
 from routing.adapters import (
     FORGET_S,
     FORGOTTEN,
     Adapter,
     AdapterConflictError,
     AdapterRegistry,
-    AdapterWatch,
-    AdapterWatchOptions,
     Catalogue,
     Entry,
     declared,

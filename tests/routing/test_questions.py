@@ -102,7 +102,7 @@ async def test_questions_are_bounded_and_expire_with_their_answers(hall: Hall) -
         await questions.close()
     asking = [asyncio.create_task(hall.a.ask("b", b"%d" % i)) for i in range(40)]
     lengths = set()
-    while not all(task.done() for task in asking[:16]):
+    while not any(task.done() for task in asking):  # with the first that gives up, the next is put
         lengths.add(int(hall.valkey.raw("LLEN", hall.key)[1:-2]))
         await asyncio.sleep(0.02)
     assert max(lengths) == 16, "the others wait until some are done"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from gateway.api.harmony import HarmonyTools
 from gateway.api.tools.format import ToolFormat
 from gateway.api.tools.glm import GlmFormat
 from gateway.api.tools.json_format import JsonFormat
@@ -31,6 +32,7 @@ TOOL_FORMATS: dict[str, ToolFormat] = {
     "llama3_json": JsonFormat(arguments_key="parameters"),
     "llama4_json": JsonFormat(arguments_key="parameters"),
     "mistral": MistralFormat(),
+    "openai": HarmonyTools(),
     "granite": JsonFormat(JsonMarks(("<|tool_call|>", "<tool_call>")), listed=True, pad=""),
     "internlm": JsonFormat(JsonMarks(("<|action_start|><|plugin|>",), "<|action_end|>"), arguments_key="parameters"),
     "hunyuan_a13b": _LISTED,
@@ -65,6 +67,7 @@ def detect_tools(template: str) -> str:
 
 
 _SIGNS = (
+    ("<|channel|>", "openai"),
     ("[TOOL_CALLS]", "mistral"),
     ("<|tool_calls_section_begin|>", "kimi_k2"),
     ("<longcat_tool_call>", "longcat"),

@@ -27,6 +27,15 @@ class JsonText:
         self._in_string = False
         self._escaped = False
 
+    @property
+    def begun(self) -> bool:
+        """Whether any of it has come."""
+        return self._depth > 0
+
+    @property
+    def in_string(self) -> bool:
+        return self._in_string
+
     def feed(self, text: str) -> int:
         """How many characters are the object's."""
         for at, char in enumerate(text):

@@ -26,9 +26,11 @@ class SteppingReader(ABC):
         return self._take()
 
     def finish(self) -> list[Piece]:
-        """A call that breaks off after its name is told as far as it came."""
+        """A call that breaks off after its name is told as far as it came; one that follows others and breaks off
+        before it, not at all."""
+        is_cut = bool(self._raw.strip() or not self._rest.strip())
         left, self._raw, self._rest = self._raw + self._rest, "", ""
-        said_nothing = self._begun or (self._num_calls and not left.strip())
+        said_nothing = self._begun or (self._num_calls and is_cut)
         self._text("" if said_nothing else left)
         return self._take()
 
