@@ -33,6 +33,7 @@ from replicas.kv_blocks import BlocksOptions, RouteBlocks
 from replicas.kv_publisher import KvPlace, KvPublisher
 from routing.adapter_watch import AdapterWatch
 from routing.adapters import declared
+from routing.epochs import next_epoch
 from routing.registry import Announcement, Load, Member
 from routing.store import Store, StoreError, StoreOptions
 
@@ -114,6 +115,7 @@ class ReplicaHost:
         self._publisher: KvPublisher | None = None
         self._catalogue = AdapterWatch(self._store, declared(config.adapters))
         self._started_at = 0.0
+        self._epoch = 0
 
     async def start(self) -> EngineFacts:
         """Loads, listens, announces. Raises ConfigError (model files), EngineError, EndpointError; then nothing is
@@ -129,6 +131,7 @@ class ReplicaHost:
             await self.close()
             raise
         self._started_at = self._options.wall_clock()
+        self._epoch = await next_epoch(self._store, self.replica_id, self._started_at)
         if facts.max_adapters:
             await self._fetch_pinned(adapters)
             self._catalogue.start()
@@ -239,10 +242,6 @@ class ReplicaHost:
         publisher = KvPublisher(self._store, blocks, engine.kv_events, place)
         publisher.start()
         return publisher
-
-    @property
-    def _epoch(self) -> int:
-        return int(self._started_at * 1e6)
 
     def _member(self, facts: EngineFacts) -> Member:
         model = self._config.model_named(self._group.model)

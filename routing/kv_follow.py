@@ -76,6 +76,8 @@ class Follower:
     def announced(self, kv_seq: int, now: float) -> None:
         """The replica said over its connection how many events there are."""
         marks = self._marks
+        if marks and kv_seq < marks[-1][1]:  # it started anew, under an epoch that a clock gave it twice
+            marks.clear()
         if kv_seq <= self.kv_seq or (marks and kv_seq <= marks[-1][1]):
             return
         if marks and (now - marks[-1][0] < MARK_S or len(marks) >= MAX_MARKS):

@@ -234,13 +234,10 @@ class MemberWatch:
 
     def _word(self, replica_id: str, key: str, raw: Reply) -> Member | Withdrawn | None:
         """What a replica says about itself; None for nothing, or nothing that makes sense."""
-        if raw is None:
-            return None
-        with contextlib.suppress(BadValueError):
-            word: Member | Withdrawn = self._store.decode(key, raw, _decoder)
-            if word.replica_id == replica_id:
-                return word
-            log.warning("%s speaks of %s", key, word.replica_id)
+        word = read_word(self._store, key, raw)
+        if word is None or word.replica_id == replica_id:
+            return word
+        log.warning("%s speaks of %s", key, word.replica_id)
         return None
 
     def _resolve(self, replica_id: str, word: Member | Withdrawn | None) -> Member | None:
@@ -278,6 +275,15 @@ class MemberWatch:
                 callback(self._members)
             except Exception:  # our bug, but the watch must outlive it
                 log.exception("a member callback failed")
+
+
+def read_word(store: Store, key: str, raw: Reply) -> Member | Withdrawn | None:
+    """What stands at a member's key; None for nothing, or nothing that makes sense."""
+    if isinstance(raw, bytes):
+        with contextlib.suppress(BadValueError):
+            word: Member | Withdrawn = store.decode(key, raw, _decoder)
+            return word
+    return None
 
 
 def _names(reply: Reply) -> set[str]:

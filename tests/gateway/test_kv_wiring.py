@@ -6,6 +6,8 @@ import asyncio
 import signal
 import time
 
+import pytest
+
 from tests.gateway.kv_cluster import Cluster, long_prompt, until
 
 
@@ -84,6 +86,26 @@ async def test_a_replica_that_dies_and_comes_back_is_cold_at_once(cluster: Clust
     await cluster.host()
     await until(lambda: ingress.fleet.num_ready("m") == 1, 3.0)
     assert ingress.fleet.index.match(blocks) == {}
+    await until(cluster.agree, 2.0)
+
+
+@pytest.mark.parametrize("later", [5.0, 4.0], ids=["stands still", "goes back"])
+async def test_a_replica_that_left_without_a_word_is_not_taken_for_the_one_after_it(
+    cluster: Cluster, later: float
+) -> None:
+    """Redis cannot be told that it leaves, so its words are still there; and the clock does not tell them apart."""
+    host = await cluster.host(lambda: 5.0)
+    ingress = await cluster.ingress()
+    for number in range(8):
+        await cluster.ask(ingress, long_prompt(number))
+    await until(cluster.agree, 2.0)
+    cluster.valkey.signal(signal.SIGSTOP)
+    await host.close()
+    cluster.hosts.remove(host)
+    cluster.valkey.signal(signal.SIGCONT)
+    await cluster.host(lambda: later, host.replica_id)
+    await until(lambda: ingress.fleet.num_ready("m") == 1, 3.0)
+    await cluster.ask(ingress, long_prompt(9))
     await until(cluster.agree, 2.0)
 
 

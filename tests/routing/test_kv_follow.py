@@ -159,6 +159,17 @@ def test_lag_is_counted_from_the_oldest_announcement_that_was_not_read() -> None
     assert one.lag_s(20.0) == 0.0
 
 
+def test_a_count_that_shrank_is_that_of_a_new_start() -> None:
+    """Its events have the numbers of others that nobody will ever read."""
+    one = follower()
+    for kv_seq in (3, 9, 12):
+        one.announced(kv_seq, 10.0 + kv_seq)
+    one.announced(2, 30.0)
+    assert one.lag_s(31.0) == 1.0
+    one.take([entry(1, [], kv_seq=2)], exact_index())
+    assert one.lag_s(40.0) == 0.0
+
+
 def test_announcements_that_nobody_reads_take_bounded_memory_and_never_look_younger() -> None:
     one = follower()
     for i in range(10_000):
