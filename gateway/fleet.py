@@ -133,17 +133,22 @@ class Fleet:
     # Members come and go.
 
     def set_members(self, members: Mapping[str, Member]) -> None:
-        """The live members of this cluster; a replica that is new, or started anew, is connected to."""
+        """The live members of this cluster; a replica that is new, or at another place than before, is connected to.
+
+        One that started anew at the same place keeps a link that was made since the one before was lost: it leads to
+        the new one, perhaps with requests on it.
+        """
         for replica_id in self._members.keys() - members.keys():
             self._leave(replica_id)
         for replica_id, member in members.items():
             known = self._members.get(replica_id)
-            if known is not None and (known.epoch, known.endpoint) != (member.epoch, member.endpoint):
+            if known is not None and self._is_same_place(known, member):
+                self._members[replica_id] = member
+                continue
+            if known is not None:
                 self._leave(replica_id)
                 self._remove(replica_id)
-                known = None
-            if known is None:
-                self._join(member)
+            self._join(member)
 
     async def close(self) -> None:
         """Closes every link and forgets every replica; open attempts end with LinkLostError. Idempotent."""
@@ -218,6 +223,14 @@ class Fleet:
         gauge = self._around.metrics.replica_outstanding.labels(replica_id)
         gauge.set_function(lambda: slot.num_in_flight)
         self._tasks[replica_id] = asyncio.create_task(self._keep(slot, member), name=f"link to {replica_id}")
+
+    def _is_same_place(self, known: Member, member: Member) -> bool:
+        """Whether the link to a known member is one to what it says now."""
+        if known.epoch == member.epoch:
+            return known.endpoint == member.endpoint
+        slot = self._slots[member.replica_id]
+        is_new, slot.was_lost = slot.was_lost and slot.link is not None, False
+        return is_new and (known.endpoint, known.model) == (member.endpoint, member.model)
 
     def _leave(self, replica_id: str) -> None:
         """It is no member any more: nothing new goes there; what runs there may end."""

@@ -125,13 +125,15 @@ class _Belief:
 
 
 class Slot:
-    """A replica's place in the fleet. `link` is None while it cannot be reached; `leaving` once it is no member."""
+    """A replica's place in the fleet. `link` is None while it cannot be reached; `leaving` once it is no member;
+    `was_lost` once a link of what the member is known as was lost."""
 
     def __init__(self, replica_id: str, model_id: str, max_ahead: int, clock: Callable[[], float]) -> None:
         self.replica_id = replica_id
         self.model_id = model_id
         self.link: Link | None = None
         self.leaving = False
+        self.was_lost = False
         self.breaker = Breaker(clock)
         self.num_in_flight = 0
         self._max_ahead = max_ahead
@@ -190,6 +192,7 @@ class Slot:
 
     def disconnected(self) -> None:
         self.link, self._believed = None, None
+        self.was_lost = True
         self.changed()
 
     def changed(self) -> None:

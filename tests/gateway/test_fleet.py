@@ -107,6 +107,24 @@ async def test_a_replica_started_anew_gets_a_new_link() -> None:
     await world.close()
 
 
+async def test_a_link_made_since_the_one_before_was_lost_outlives_the_new_one_s_first_word() -> None:
+    world = World()
+    (old,) = await world.replicas("a")
+    old.lose()
+    async with asyncio.timeout(2.0):
+        while not world.fleet.num_ready("m"):  # noqa: ASYNC110 its backoff is a matter of real time
+            await asyncio.sleep(0.01)
+    new = world.links["a"]
+    assert new is not old
+    placement = world.fleet.place("a", request(), 100)
+    await world.members(member("a", epoch=2))
+    assert not new.closed and world.fleet.links() == [(member("a", epoch=2), new)]
+    placement.close()
+    await world.members(member("a", epoch=3))
+    assert new.closed, "it led to the second start"
+    await world.close()
+
+
 async def test_places_are_the_running_capacity_and_a_few_that_wait() -> None:
     world = World(max_ahead_per_replica=2)
     (a,) = await world.replicas("a")

@@ -122,7 +122,8 @@ async def restart_replica(cluster: Cluster) -> None:
 
 
 async def restart_ingress(cluster: Cluster) -> None:
-    """The new one knows what its sibling knows within a second of its beginning."""
+    """The new one knows what its siblings know within a second of its beginning, once they know all themselves."""
+    await until(lambda: not any(ingress.fleet.index.guessed for ingress in cluster.ingresses), 5.0)
     began = time.monotonic()
     fresh = await cluster.ingress()
     without_expectations(fresh.fleet.index)
