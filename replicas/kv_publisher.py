@@ -46,12 +46,10 @@ takes no writes) pass by waiting."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublisherOptions:
-    """Changes go out every `publish_s`, the first after a pause within `idle_s`; every `beat_s` Redis is looked at (is
-    all there, does somebody want a snapshot?). The keys outlive the last word by `ttl_s`. `max_entries` bounds the
-    stream."""
+    """Changes go out every `publish_s`; every `beat_s` and a little Redis is looked at (is all there, does somebody
+    want a snapshot?). The keys outlive the last word by `ttl_s`. `max_entries` bounds the stream."""
 
-    publish_s: float = 0.04
-    idle_s: float = 0.1
+    publish_s: float = 0.125
     beat_s: float = 0.2
     ttl_s: float = 30.0
     max_entries: int = 1024
@@ -133,7 +131,6 @@ class KvPublisher:
 
     async def _keep(self) -> None:
         while True:
-            before = self.num_entries
             try:
                 await self.publish()
             except StoreError as error:
@@ -141,10 +138,7 @@ class KvPublisher:
             except Exception:  # our bug: hits are lost, requests are not
                 logger.exception("publishing the KV events of %s failed", self._place.replica_id)
                 self._must_reset = True
-            is_idle = self.num_entries == before and self._unconfirmed is None and not self._must_reset
-            await asyncio.sleep(
-                max(self._options.idle_s, self._options.publish_s) if is_idle else self._options.publish_s
-            )
+            await self._store.beat(self._options.publish_s)
 
     async def _collect(self) -> None:
         """Translates what the engine has to tell, a little at a time."""

@@ -34,6 +34,7 @@ class AdapterWatch:
 
     def __init__(self, store: Store, own: Sequence[Entry] = (), options: AdapterWatchOptions | None = None) -> None:
         self._options = options or AdapterWatchOptions()
+        self._store = store
         self._registry = AdapterRegistry(store, self._options.wall_clock)
         self._own = {entry.adapter.adapter_id: entry for entry in own}
         self._shared: dict[str, Entry] = {}
@@ -88,4 +89,4 @@ class AdapterWatch:
                 await self.refresh()
             except StoreError as error:
                 log.debug("keeping %d known adapters: %s", len(self._catalogue), error)
-            await asyncio.sleep(self._options.poll_s)
+            await self._store.beat(self._options.poll_s)

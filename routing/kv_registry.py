@@ -45,7 +45,7 @@ class KvRegistryOptions:
     """Seconds. Streams are read every `poll_s` while some replica has said of events that were not read, else every
     `idle_s`; ages are looked at every `watch_s`; a replica with events that were not read for `late_s` is doubted."""
 
-    poll_s: float = 0.04
+    poll_s: float = 0.125
     idle_s: float = 0.24
     watch_s: float = 0.1
     late_s: float = 1.0
@@ -151,7 +151,10 @@ class KvRegistry:
                 log.debug("could not read KV streams: %s", error)
             except Exception:  # our bug: hits are lost, requests are not
                 log.exception("reading KV streams failed")
-            await asyncio.sleep(0 if has_more else self._options.poll_s)
+            if has_more:
+                await asyncio.sleep(0)
+            else:
+                await self._store.beat(self._options.poll_s)
 
     def _is_due(self) -> bool:
         """Whether there is something to read, as far as is known here: to ask Redis costs as much as a request."""

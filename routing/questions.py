@@ -129,7 +129,7 @@ class Questions:
                 await self.serve()
             except StoreError as error:
                 log.debug("could not read questions: %s", error)
-            await asyncio.sleep(self._options.poll_s)
+            await self._store.beat(self._options.poll_s)
 
     def _fresh(self, raw: bytes) -> _Question | None:
         """A question that was not looked at before, and is put to this ingress."""

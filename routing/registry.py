@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeAlias
@@ -128,7 +128,7 @@ class Announcement:
                 await self._say(self.member)
             except StoreError as error:
                 log.debug("could not announce %s: %s", self.member.replica_id, error)
-            await asyncio.sleep(self._options.announce_s)
+            await self._store.beat(self._options.announce_s)
 
     async def _say(self, word: Member | Withdrawn) -> None:
         ttl_ms = round(self._options.ttl_s * 1000)
@@ -202,11 +202,12 @@ class MemberWatch:
 
     async def refresh(self) -> None:
         """Reads the set once. Raises StoreError, then nothing has changed."""
-        listed = _names(await self._store.execute("SMEMBERS", self._index))
-        ids = sorted(listed | self._members.keys())
-        keys = [self._store.keys("member", replica_id) for replica_id in ids]
-        values = await self._store.execute("MGET", *keys) if keys else []
-        words = {i: self._word(i, key, raw) for i, key, raw in zip(ids, keys, values, strict=True)}
+        known = sorted(self._members)
+        listing, told = await asyncio.gather(self._store.execute("SMEMBERS", self._index), self._said(known))
+        listed = _names(listing)
+        new = sorted(listed - self._members.keys())
+        values = [*told, *await self._said(new)]
+        words = {i: self._word(i, raw) for i, raw in zip([*known, *new], values, strict=True)}
         self._synced_at = self._options.clock()
         members = {i: m for i, word in words.items() if (m := self._resolve(i, word)) is not None}
         await self._prune([i for i in listed if i not in members and words[i] is None])
@@ -230,10 +231,16 @@ class MemberWatch:
                 await self.refresh()
             except StoreError as error:
                 log.debug("keeping %d known members: %s", len(self._members), error)
-            await asyncio.sleep(self._options.poll_s)
+            await self._store.beat(self._options.poll_s)
 
-    def _word(self, replica_id: str, key: str, raw: Reply) -> Member | Withdrawn | None:
+    async def _said(self, ids: Sequence[str]) -> Sequence[Reply]:
+        keys = [self._store.keys("member", replica_id) for replica_id in ids]
+        found: Sequence[Reply] = await self._store.execute("MGET", *keys) if keys else []
+        return found
+
+    def _word(self, replica_id: str, raw: Reply) -> Member | Withdrawn | None:
         """What a replica says about itself; None for nothing, or nothing that makes sense."""
+        key = self._store.keys("member", replica_id)
         word = read_word(self._store, key, raw)
         if word is None or word.replica_id == replica_id:
             return word

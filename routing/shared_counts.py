@@ -87,7 +87,7 @@ class SharedCountsOptions:
     `fresh_s` has no gauges any more, one silent for `gone_s` is forgotten by all. When records are so large that they
     are written less often, all these grow with the period."""
 
-    period_s: float = 0.2
+    period_s: float = 0.25
     told_s: float = 2.0
     fresh_s: float = 1.0
     gone_s: float = 60.0
@@ -201,7 +201,7 @@ class SharedCounts:
                 await self.refresh()
             except StoreError as error:
                 log.debug("counting alone: %s", error)
-            await asyncio.sleep(self._period_s)
+            await self._store.beat(self._period_s)
 
     @property
     def _period_s(self) -> float:

@@ -1,6 +1,8 @@
 """The connection to Redis (or Valkey): short timeouts, a circuit breaker, keys. The only importer of redis.
 
-Nothing on the request path may await this module: what requests need is kept in memory, by tasks that read here.
+Nothing on the request path may await this module: what requests need is kept in memory, by tasks that read here. What
+several of them ask in one turn of the event loop, or while an answer is under way, goes out together: a round trip
+costs a process that is otherwise idle more than what is asked with it. `beat` wakes them in the same turn.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from random import random
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import redis.asyncio
@@ -120,10 +123,19 @@ class Decoder(Protocol[T_co]):
     def decode(self, buf: bytes, /) -> T_co: ...
 
 
+@dataclass(slots=True)
+class _Batch:
+    """What goes out in one round trip, and what comes of it."""
+
+    replies: asyncio.Future[list[Reply]]
+    commands: list[Command] = field(default_factory=list)
+
+
 class Store:
     """Redis for one cluster of ingresses and replicas. `url`: redis://, rediss:// or unix://.
 
-    Connects when first used and again after a loss. `num_failures` and `num_bad_values` only grow.
+    Connects when first used and again after a loss; commands arrive in the order they were given in. `num_failures`,
+    `num_round_trips` and `num_bad_values` only grow.
     """
 
     def __init__(self, url: str, cluster: str, options: StoreOptions | None = None) -> None:
@@ -132,8 +144,12 @@ class Store:
         self.keys = Keys(cluster)
         self.breaker = Breaker(self.options)
         self.num_failures = 0
+        self.num_round_trips = 0
         self.num_bad_values = 0
         self._noted: set[str] = set()
+        self._phase = random()  # ingresses of one machine share its clock, and should not all ask at once
+        self._next: _Batch | None = None
+        self._sending: asyncio.Task[None] | None = None
         # One retry for a pooled connection that a restarted server has closed; none after a timeout.
         retry = Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,))
         # No timeouts of redis-py's own: they are per read, so a server that answers byte by byte escapes them, and
@@ -152,12 +168,45 @@ class Store:
     async def pipeline(self, commands: Sequence[Command]) -> list[Reply]:
         """Runs commands in one round trip (not a transaction); a refused one has a StoreReplyError in its place.
 
-        Raises StoreUnavailableError within `timeout_s`, at once while the breaker is open.
+        Raises StoreUnavailableError within `timeout_s` of being sent, at once while the breaker is open.
         """
-        with self.breaker.call():
-            return await self._attempt(commands)
+        batch = self._next
+        if batch is None:
+            batch = self._next = _Batch(asyncio.get_running_loop().create_future())
+            if self._sending is None:
+                self._sending = asyncio.create_task(self._send(), name="ask Redis")
+        start = len(batch.commands)
+        batch.commands += commands
+        replies = await asyncio.shield(batch.replies)  # the others still want theirs
+        return replies[start : start + len(commands)]
+
+    async def _send(self) -> None:
+        """Batch after batch, until nobody asks."""
+        try:
+            while (batch := self._next) is not None:
+                self._next = None
+                try:
+                    with self.breaker.call():
+                        batch.replies.set_result(await self._attempt(batch.commands))
+                except BaseException as error:
+                    batch.replies.set_exception(
+                        error if isinstance(error, StoreError) else StoreUnavailableError(f"not asked: {error!r}")
+                    )
+                    batch.replies.exception()  # nobody may be waiting any more
+                    if not isinstance(error, StoreError):
+                        raise
+        finally:
+            self._sending = None
+
+    async def beat(self, period_s: float) -> None:
+        """Sleeps until a point of time that this store's pollers of the same period, or of a part of it, share."""
+        now = asyncio.get_running_loop().time() + self._phase
+        await asyncio.sleep(period_s - now % period_s)
 
     async def close(self) -> None:
+        """Waits for what is under way. Nothing may be asked afterwards."""
+        if self._sending is not None:
+            await asyncio.wait([self._sending])
         with contextlib.suppress(RedisError, OSError):
             await self._redis.aclose()
 
@@ -175,6 +224,7 @@ class Store:
         return value
 
     async def _attempt(self, commands: Sequence[Command]) -> list[Reply]:
+        self.num_round_trips += 1
         try:
             async with asyncio.timeout(self.options.timeout_s):
                 pipe = self._redis.pipeline(transaction=False)
