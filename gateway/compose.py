@@ -72,8 +72,9 @@ MAX_WORD_S = 1.5
 """Age at which a replica's word about its cache counts no more: its heartbeat, and what the stream may lag behind. With
 the periods of looking it stays below two seconds."""
 
-MIN_LATE_S = 0.3
-"""A stream that lags less than this is in order: publishing, reading and a busy moment take as long."""
+MIN_LATE_S = 0.6
+"""A stream that lags less than this is in order: publishing and reading, eight times a second each, and
+a busy moment take as long."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,9 @@ from routing.types import ReplicaState
 logger = logging.getLogger("warmgate.fleet")
 
 FIRST_BACKOFF_S = 0.05
+FIRST_WORD_S = 5.0
+"""A replica that listens again is announced within this time."""
+
 MAX_BACKOFF_S = 2.0
 
 
@@ -135,8 +138,8 @@ class Fleet:
     def set_members(self, members: Mapping[str, Member]) -> None:
         """The live members of this cluster; a replica that is new, or at another place than before, is connected to.
 
-        One that started anew at the same place keeps a link that was made since the one before was lost: it leads to
-        the new one, perhaps with requests on it.
+        One that started anew at the same place keeps a link that was made lately, when the one before was lost: it
+        leads to the new one, perhaps with requests on it.
         """
         for replica_id in self._members.keys() - members.keys():
             self._leave(replica_id)
@@ -229,8 +232,10 @@ class Fleet:
         if known.epoch == member.epoch:
             return known.endpoint == member.endpoint
         slot = self._slots[member.replica_id]
-        is_new, slot.was_lost = slot.was_lost and slot.link is not None, False
-        return is_new and (known.endpoint, known.model) == (member.endpoint, member.model)
+        if slot.link is None or slot.made_anew_at is None or self._around.clock() - slot.made_anew_at > FIRST_WORD_S:
+            return False
+        slot.made_anew_at = None
+        return (known.endpoint, known.model) == (member.endpoint, member.model)
 
     def _leave(self, replica_id: str) -> None:
         """It is no member any more: nothing new goes there; what runs there may end."""

@@ -126,17 +126,18 @@ class _Belief:
 
 class Slot:
     """A replica's place in the fleet. `link` is None while it cannot be reached; `leaving` once it is no member;
-    `was_lost` once a link of what the member is known as was lost."""
+    `made_anew_at`: when its link was made, if another was lost before it."""
 
     def __init__(self, replica_id: str, model_id: str, max_ahead: int, clock: Callable[[], float]) -> None:
         self.replica_id = replica_id
         self.model_id = model_id
         self.link: Link | None = None
         self.leaving = False
-        self.was_lost = False
+        self.made_anew_at: float | None = None
         self.breaker = Breaker(clock)
         self.num_in_flight = 0
         self._max_ahead = max_ahead
+        self._was_lost = False
         self._clock = clock
         self._num_pushes = 0
         self._sent: deque[Sent] = deque()
@@ -185,6 +186,7 @@ class Slot:
     def connected(self, link: Link) -> None:
         """A new connection: nothing sent over an older one counts."""
         self.link = link
+        self.made_anew_at = self._clock() if self._was_lost else None
         while self._sent:
             self.arrived(self._sent.popleft())
         self._asked.clear()
@@ -192,7 +194,7 @@ class Slot:
 
     def disconnected(self) -> None:
         self.link, self._believed = None, None
-        self.was_lost = True
+        self._was_lost = True
         self.changed()
 
     def changed(self) -> None:

@@ -127,11 +127,11 @@ class ReplicaHost:
             adapters.on_change = server.announce
             self._catalogue.on_change = adapters.drop_outdated
             facts = await server.start([self.endpoint])
+            self._started_at = self._options.wall_clock()
+            self._epoch = await next_epoch(self._store, self.replica_id, self._started_at)
         except BaseException:
             await self.close()
             raise
-        self._started_at = self._options.wall_clock()
-        self._epoch = await next_epoch(self._store, self.replica_id, self._started_at)
         if facts.max_adapters:
             await self._fetch_pinned(adapters)
             self._catalogue.start()

@@ -66,6 +66,7 @@ class Follower:
         self.gaps = False  # what was read may have some
         self.retry_at = float("-inf")
         self._retry_s = FIRST_RETRY_S
+        self._last = 0
         self._marks: deque[tuple[float, int]] = deque()  # (when, kv_seq announced), oldest first, not yet read
 
     @property
@@ -76,8 +77,10 @@ class Follower:
     def announced(self, kv_seq: int, now: float) -> None:
         """The replica said over its connection how many events there are."""
         marks = self._marks
-        if marks and kv_seq < marks[-1][1]:  # it started anew, under an epoch that a clock gave it twice
+        if kv_seq < self._last:  # it started anew, under an epoch that a clock gave it twice: all is to be read again
             marks.clear()
+            self.kv_seq = 0
+        self._last = kv_seq
         if kv_seq <= self.kv_seq or (marks and kv_seq <= marks[-1][1]):
             return
         if marks and (now - marks[-1][0] < MARK_S or len(marks) >= MAX_MARKS):

@@ -46,7 +46,7 @@ class KvRegistryOptions:
     `idle_s`; ages are looked at every `watch_s`; a replica with events that were not read for `late_s` is doubted."""
 
     poll_s: float = 0.125
-    idle_s: float = 0.24
+    idle_s: float = 0.2
     watch_s: float = 0.1
     late_s: float = 1.0
     clock: Callable[[], float] = time.monotonic
@@ -212,14 +212,15 @@ class KvRegistry:
         chosen = due[:MAX_HEALS]
         if not chosen:
             return False
-        raws = await self._store.pipeline([("GET", follower.keys.snapshot) for follower in chosen])
+        raws = await self._store.pipeline([("GET", follower.keys.snapshot) for follower in chosen], alone=True)
         found = [(follower, _snapshot(raw)) for follower, raw in zip(chosen, raws, strict=True)]
         usable = [(follower, snapshot) for follower, snapshot in found if snapshot is not None]
         tails = await self._store.pipeline(
             [
                 _xread([follower], MAX_ENTRIES_SINCE, f"{snapshot.epoch}-{snapshot.number}")
                 for follower, snapshot in usable
-            ]
+            ],
+            alone=True,
         )
         for follower, _ in [pair for pair in found if pair[1] is None]:
             await self._fail(follower, LostError("new", "no snapshot"))

@@ -69,10 +69,9 @@ class Lease:
         while not task.done():  # a library in between may swallow one cancellation
             task.cancel()
             await asyncio.wait([task], timeout=0.1)
-        if self.held:
-            self._until = 0.0
-            with contextlib.suppress(StoreError):
-                await self._store.execute("EVAL", _LEAVE, 1, self._key, self._holder)
+        self._until = 0.0
+        with contextlib.suppress(StoreError):  # whatever is known here: an attempt under way may have succeeded
+            await self._store.execute("EVAL", _LEAVE, 1, self._key, self._holder)
 
     async def try_to_hold(self) -> None:
         """Once. Raises StoreError."""

@@ -203,10 +203,11 @@ class MemberWatch:
     async def refresh(self) -> None:
         """Reads the set once. Raises StoreError, then nothing has changed."""
         known = sorted(self._members)
-        listing, told = await asyncio.gather(self._store.execute("SMEMBERS", self._index), self._said(known))
-        listed = _names(listing)
+        listing, *told = await self._store.pipeline([("SMEMBERS", self._index), *self._asking(known)])
+        listed = _names(_good(listing))
         new = sorted(listed - self._members.keys())
-        values = [*told, *await self._said(new)]
+        told += await self._store.pipeline(self._asking(new)) if new else []
+        values = [value for values in told for value in _good(values)]
         words = {i: self._word(i, raw) for i, raw in zip([*known, *new], values, strict=True)}
         self._synced_at = self._options.clock()
         members = {i: m for i, word in words.items() if (m := self._resolve(i, word)) is not None}
@@ -233,10 +234,8 @@ class MemberWatch:
                 log.debug("keeping %d known members: %s", len(self._members), error)
             await self._store.beat(self._options.poll_s)
 
-    async def _said(self, ids: Sequence[str]) -> Sequence[Reply]:
-        keys = [self._store.keys("member", replica_id) for replica_id in ids]
-        found: Sequence[Reply] = await self._store.execute("MGET", *keys) if keys else []
-        return found
+    def _asking(self, ids: Sequence[str]) -> list[Command]:
+        return [("MGET", *(self._store.keys("member", replica_id) for replica_id in ids))] if ids else []
 
     def _word(self, replica_id: str, raw: Reply) -> Member | Withdrawn | None:
         """What a replica says about itself; None for nothing, or nothing that makes sense."""
@@ -291,6 +290,13 @@ def read_word(store: Store, key: str, raw: Reply) -> Member | Withdrawn | None:
             word: Member | Withdrawn = store.decode(key, raw, _decoder)
             return word
     return None
+
+
+def _good(reply: Reply) -> Reply:
+    """Raises StoreReplyError."""
+    if isinstance(reply, StoreReplyError):
+        raise reply
+    return reply
 
 
 def _names(reply: Reply) -> set[str]:

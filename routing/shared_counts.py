@@ -206,7 +206,7 @@ class SharedCounts:
     @property
     def _period_s(self) -> float:
         """Between two records: longer where there is much to read."""
-        return min(self._options.period_s * (1 + self.num_bytes / SLOW_BYTES), MAX_PERIOD_S)
+        return min(self._options.period_s * (1 + self.num_bytes // SLOW_BYTES), MAX_PERIOD_S)
 
     def _slowness(self, period_s: float) -> float:
         """By how much longer all takes between this ingress and one of this period."""

@@ -34,6 +34,9 @@ Reply: TypeAlias = Any
 
 MAX_NOTED_VALUES = 1000
 
+_SOON_S = 0.002
+"""A beat that near is the present one: timers of uvloop's fire up to half a millisecond early."""
+
 
 class StoreError(Exception):
     """Root of what the store raises."""
@@ -64,8 +67,8 @@ class Keys:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreOptions:
-    """`timeout_s` bounds a whole call. The breaker opens after `max_failures` in a row, and tries again with one
-    call every `open_s`."""
+    """`timeout_s` bounds a round trip; a call takes two at most, the one under way and its own. The breaker opens after
+    `max_failures` in a row, and tries again with one every `open_s`."""
 
     timeout_s: float = 0.25
     max_failures: int = 3
@@ -130,6 +133,10 @@ class _Batch:
     replies: asyncio.Future[list[Reply]]
     commands: list[Command] = field(default_factory=list)
 
+    def fail(self, error: StoreError) -> None:
+        self.replies.set_exception(error)
+        self.replies.exception()  # nobody may be waiting for it any more
+
 
 class Store:
     """Redis for one cluster of ingresses and replicas. `url`: redis://, rediss:// or unix://.
@@ -165,11 +172,17 @@ class Store:
             raise reply
         return reply
 
-    async def pipeline(self, commands: Sequence[Command]) -> list[Reply]:
+    async def pipeline(self, commands: Sequence[Command], *, alone: bool = False) -> list[Reply]:
         """Runs commands in one round trip (not a transaction); a refused one has a StoreReplyError in its place.
 
-        Raises StoreUnavailableError within `timeout_s` of being sent, at once while the breaker is open.
+        `alone`: not together with what others ask, for what may take long. Raises StoreUnavailableError within
+        `timeout_s` of being sent, at once while the breaker is open.
         """
+        for command in commands:
+            _check(command)  # here, where it hurts nobody else
+        if alone:
+            with self.breaker.call():
+                return await self._attempt(commands)
         batch = self._next
         if batch is None:
             batch = self._next = _Batch(asyncio.get_running_loop().create_future())
@@ -188,20 +201,25 @@ class Store:
                 try:
                     with self.breaker.call():
                         batch.replies.set_result(await self._attempt(batch.commands))
-                except BaseException as error:
-                    batch.replies.set_exception(
-                        error if isinstance(error, StoreError) else StoreUnavailableError(f"not asked: {error!r}")
-                    )
-                    batch.replies.exception()  # nobody may be waiting any more
-                    if not isinstance(error, StoreError):
-                        raise
+                except StoreError as error:
+                    batch.fail(error)
+                except Exception as error:  # our bug; the next batch may do better
+                    log.exception("asking Redis failed")
+                    batch.fail(StoreUnavailableError(f"Redis was not asked: {error!r}"))
+                except BaseException:
+                    batch.fail(StoreUnavailableError("Redis was not asked"))
+                    raise
         finally:
             self._sending = None
+            left, self._next = self._next, None
+            if left is not None:
+                left.fail(StoreUnavailableError("Redis was not asked"))
 
     async def beat(self, period_s: float) -> None:
         """Sleeps until a point of time that this store's pollers of the same period, or of a part of it, share."""
         now = asyncio.get_running_loop().time() + self._phase
-        await asyncio.sleep(period_s - now % period_s)
+        left_s = period_s - now % period_s
+        await asyncio.sleep(left_s if left_s > _SOON_S else left_s + period_s)
 
     async def close(self) -> None:
         """Waits for what is under way. Nothing may be asked afterwards."""
@@ -231,7 +249,7 @@ class Store:
                 for command in commands:
                     pipe.execute_command(*command)
                 replies = await pipe.execute(raise_on_error=False)
-        except (RedisError, OSError, TimeoutError, EOFError) as error:
+        except (RedisError, OSError, TimeoutError, EOFError, ValueError) as error:  # what speaks there may not be Redis
             self.num_failures += 1
             raise StoreUnavailableError(f"Redis: {type(error).__name__}: {error}") from error
         for reply in replies:
@@ -239,3 +257,12 @@ class Store:
                 self.num_failures += 1  # loading its data, or out of connections
                 raise StoreUnavailableError(f"Redis: {reply}")
         return [StoreReplyError(str(reply)) if isinstance(reply, RedisError) else reply for reply in replies]
+
+
+def _check(command: Command) -> None:
+    """Raises TypeError, UnicodeEncodeError for what no command can hold."""
+    for part in command:
+        if isinstance(part, str):
+            part.encode()
+        elif not isinstance(part, (bytes, int, float)):
+            raise TypeError(f"{part!r} cannot be part of a command")

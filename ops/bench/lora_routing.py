@@ -47,7 +47,7 @@ LOADS = "warmgate_adapter_loads_total"
 MAX_PARTED = 0.2
 """The share of answers that rounding may turn elsewhere."""
 
-STRENGTH = 0.03
+STRENGTH = 0.5
 """Standard deviation of the adapters' second matrices: enough that no two of them answer alike."""
 
 _LOOKS = 300

@@ -293,8 +293,8 @@ class Forgetful(Store):
 
     num_lies = 0
 
-    async def pipeline(self, commands: Sequence[Command]) -> list[Reply]:
-        replies = await super().pipeline(commands)
+    async def pipeline(self, commands: Sequence[Command], *, alone: bool = False) -> list[Reply]:
+        replies = await super().pipeline(commands, alone=alone)
         if self.num_lies:
             self.num_lies -= 1
             raise StoreUnavailableError("no answer")

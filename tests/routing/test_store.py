@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import logging
 import signal
 import socket
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import uvloop
 
 from routing.store import (
     BadValueError,
@@ -222,3 +225,141 @@ def test_failures_count_in_a_row_only() -> None:
         with breaker.call():
             pass
     assert breaker.state == "closed"
+
+
+async def test_what_is_asked_in_one_turn_takes_one_round_trip_and_each_gets_its_own(store: Store) -> None:
+    key = store.keys("k")
+    asked = (
+        store.execute("SET", key, "v"),
+        store.pipeline([("GET", key), ("NO-SUCH-COMMAND",)]),
+        store.execute("LPUSH", key, "x"),
+        store.pipeline([]),
+        store.execute("GET", key),
+    )
+    said, (got, refused), pushed, nothing, again = await asyncio.gather(*asked, return_exceptions=True)
+    assert (said, got, nothing, again) == (True, b"v", [], b"v")
+    assert isinstance(refused, StoreReplyError) and isinstance(pushed, StoreReplyError), "theirs alone"
+    assert store.num_round_trips == 1
+    await store.execute("GET", key)
+    assert store.num_round_trips == 2
+
+
+async def test_who_does_not_wait_any_more_takes_nobody_s_reply_along(store: Store) -> None:
+    key = store.keys("k")
+    first, second = (asyncio.create_task(store.execute("INCR", key)) for _ in range(2))
+    await asyncio.sleep(0)
+    first.cancel()
+    assert await second == 2, "both were sent, in the order they were given in"
+    assert first.cancelled()
+
+
+async def under_way(store: Store) -> None:
+    while not store.num_round_trips:  # noqa: ASYNC110 a turn or two
+        await asyncio.sleep(0)
+
+
+async def test_what_comes_while_an_answer_is_under_way_goes_out_together_after_it(store: Store) -> None:
+    key = store.keys("k")
+    first = asyncio.create_task(store.execute("SET", key, 0))
+    await under_way(store)
+    found = await asyncio.gather(*(store.execute("INCR", key) for _ in range(20)))
+    assert found == list(range(1, 21)) and first.done()
+    assert store.num_round_trips == 2
+
+
+async def test_all_of_a_batch_hear_that_redis_is_gone_which_counts_once(store: Store, valkey: Valkey) -> None:
+    await store.execute("PING")
+    valkey.kill()
+    for _ in range(2):
+        found = await asyncio.gather(*(store.execute("PING") for _ in range(5)), return_exceptions=True)
+        assert all(isinstance(error, StoreUnavailableError) for error in found)
+    assert store.breaker.state == "closed" and store.num_failures == 2
+
+
+async def test_pollers_of_one_store_wake_together(store: Store) -> None:
+    woken: list[float] = []
+
+    async def poll(period_s: float, times: int) -> None:
+        for _ in range(times):
+            await store.beat(period_s)
+            woken.append(asyncio.get_running_loop().time())
+
+    await asyncio.gather(poll(0.1, 2), poll(0.1, 2), poll(0.2, 1))
+    assert len(woken) == 5
+    apart = [b - a for a, b in itertools.pairwise(sorted(woken)) if b - a > 0.03]
+    assert len(apart) == 1 and 0.05 < apart[0] < 0.15, "two moments, whoever it was"
+
+
+async def test_closing_waits_for_what_is_under_way(store: Store, valkey: Valkey) -> None:
+    said = asyncio.create_task(store.execute("SET", store.keys("last"), "word"))
+    await asyncio.sleep(0)
+    await store.close()
+    assert await said
+    assert b"word" in valkey.raw("GET", store.keys("last"))
+
+
+async def test_what_speaks_no_redis_fails_all_who_wait_and_nobody_after_them(tmp_path: Path) -> None:
+    lies = [b"$garbage\r\n"]
+
+    async def lie(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer):
+            while asked := await reader.read(1000):
+                await asyncio.sleep(0.05)
+                writer.write(lies.pop() if lies and b"PING" in asked else b"+OK\r\n" * asked.count(b"*"))
+
+    server = await asyncio.start_unix_server(lie, tmp_path / "s")
+    store = Store(f"unix://{tmp_path}/s", "test")
+    try:
+        first = asyncio.create_task(store.pipeline([("PING",)]))
+        await under_way(store)
+        meanwhile = [asyncio.create_task(store.execute("PING")) for _ in range(2)]
+        with pytest.raises(StoreUnavailableError):
+            await first
+        async with asyncio.timeout(2.0):
+            assert len(await asyncio.gather(*meanwhile)) == 2
+            await asyncio.gather(store.execute("PING"), store.execute("PING"))
+        assert store.num_failures == 1
+    finally:
+        await store.close()
+        server.close()
+        await asyncio.sleep(0.05)  # its connections end
+
+
+async def test_a_command_that_cannot_be_sent_hurts_nobody_else(store: Store) -> None:
+    key = store.keys("k")
+    asked = (store.execute("SET", key, None), store.execute("GET", "\ud800"), store.execute("SET", key, "v"))  # type: ignore[arg-type]
+    wrong, surrogate, right = await asyncio.gather(*asked, return_exceptions=True)
+    assert isinstance(wrong, TypeError) and isinstance(surrogate, UnicodeEncodeError)
+    assert right and store.num_failures == 0
+
+
+async def test_who_waits_when_the_loop_ends_hears_of_it(store: Store) -> None:
+    await store.execute("PING")  # connected
+    first = asyncio.create_task(store.execute("PING"))
+    while store.num_round_trips < 2:  # noqa: ASYNC110 a turn or two
+        await asyncio.sleep(0)
+    second = asyncio.create_task(store.execute("PING"))
+    await asyncio.sleep(0)
+    (sending,) = [task for task in asyncio.all_tasks() if task.get_name() == "ask Redis"]
+    sending.cancel()
+    for waiting in (first, second):
+        with pytest.raises(StoreUnavailableError):
+            await waiting
+    assert await store.execute("PING"), "and later ones are asked"
+
+
+@pytest.mark.parametrize("phase", [0.0, 0.0002, 0.0006, 0.0008])
+def test_a_beat_is_one_beat_on_uvloop_too(tmp_path: Path, phase: float) -> None:
+    """Its clock has whole milliseconds and its timers round to them."""
+    store = Store(f"unix://{tmp_path}/s", "test")
+    store._phase = phase
+
+    async def beats() -> int:
+        loop, number = asyncio.get_running_loop(), 0
+        end = loop.time() + 0.52
+        while loop.time() < end:
+            await store.beat(0.05)
+            number += 1
+        return number
+
+    assert uvloop.run(beats()) <= 12
