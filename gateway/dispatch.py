@@ -232,6 +232,8 @@ class JobStream:
                 raise failure.error
             if left_s <= 0:
                 message = f"No replica of model '{request.model}' is available."
+                if failure is not None:
+                    message = f"{message} The last one said: {failure.error.message}"
                 raise UnavailableError(message, retry_after_s=NO_REPLICA_RETRY_S)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left_s):  # not wait_for: its task would begin to listen a turn too late

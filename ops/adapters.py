@@ -209,7 +209,7 @@ def _running(place: tuple[str | None, str | None]) -> Instance:
         raise AdapterError("no instance is running on this machine: start one, or give --redis and --cluster")
     if len(running) > 1:
         clusters = ", ".join(instance.cluster for instance in running)
-        raise AdapterError(f"several instances run here: choose one with --cluster: {clusters}")
+        raise AdapterError(f"several run here: choose one, as in warmgate adapters --cluster NAME list: {clusters}")
     return running[0]
 
 

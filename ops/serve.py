@@ -150,7 +150,8 @@ class Supervisor:
         self.serving.deploy(self.options.start_timeout_s)
         self._record(ready=True)
         url = self.serving.url
-        self.progress.say(f"\n{url} is ready (docs: {url}/docs); Ctrl-C stops it. Try:\n")
+        logs = self.runtime.run_dir / "logs"
+        self.progress.say(f"\n{url} is ready (docs: {url}/docs, logs: {logs}); Ctrl-C stops it. Try:\n")
         self.progress.say(f"{first_request(self.config, url)}\n")
 
     def _start_ray(self, plan: RayPlan, tell: Callable[[str], None]) -> None:

@@ -21,7 +21,7 @@ def adapter_sources(patient: Patient) -> Iterator[Finding]:
         except LoraError as error:
             yield Finding("adapters", "fail", str(error), "install it: pip install 'warmgate[s3]', gcsfs or adlfs")
         except UnreachableError as error:
-            advice = "until it can be read no adapter of its comes or goes"
+            advice = "until it can be read, its adapters neither come nor go"
             yield Finding("adapters", "warn", str(error), advice)
         else:
             beyond = len(found) - source.max_adapters
@@ -29,4 +29,4 @@ def adapter_sources(patient: Patient) -> Iterator[Finding]:
                 advice = f"raise adapter_sources max_adapters: {beyond} are passed over"
                 yield Finding("adapters", "warn", f"{source.url} has {len(found)} folders", advice)
             else:
-                yield Finding("adapters", "ok", f"{source.url}: {len(found)} adapters")
+                yield Finding("adapters", "ok", f"{source.url}: {len(found)} folders, checked when they are loaded")

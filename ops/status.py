@@ -25,13 +25,19 @@ class Status:
     replicas: tuple[tuple[Member, Load | None], ...] = ()
     problem: str = ""
 
+    @property
+    def ready(self) -> bool:
+        """Whether it answers, and has a replica of every model."""
+        there = {member.model for member, _ in self.replicas}
+        return self.instance.ready and not self.problem and there.issuperset(self.instance.models)
+
     def as_json(self) -> dict[str, object]:
         replicas = [
             {"replica_id": member.replica_id, "group": member.group, "model": member.model, "pid": member.pid}
             | ({} if load is None else {name: getattr(load, name) for name in Load.__struct_fields__})
             for member, load in self.replicas
         ]
-        about = {"url": self.instance.url, "pid": self.instance.pid, "ready": self.instance.ready}
+        about = {"url": self.instance.url, "pid": self.instance.pid, "ready": self.ready}
         return {**about, "cluster": self.instance.cluster, "replicas": replicas, "problem": self.problem}
 
 
@@ -64,7 +70,7 @@ def show(found: list[Status], console: Console) -> None:
     it, what ingresses can know of the prefix caches, and how old that is."""
     for status in found:
         instance = status.instance
-        ready = "ready" if instance.ready else "not ready"
+        ready = "ready" if status.ready else "not ready"
         title = f"{instance.url}  {instance.cluster}  {ready}"
         table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
         for column in _COLUMNS:  # ids whole, also on 80 columns: they are there to be copied

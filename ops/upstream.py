@@ -33,6 +33,7 @@ class Served:
 def make_profile(urls: Sequence[str], source: str | None, home: Path) -> Path:
     """Writes a profile with a group for each server; asks them what they serve. `source`: the model's tokenizer and
     chat template: a catalogue name, hub id or folder, if not what the servers say. Raises OperationError."""
+    urls = [url.rstrip("/").removesuffix("/v1") for url in urls]  # what clients call base_url ends in it
     if len(set(urls)) < len(urls):
         raise OperationError(f"--upstream names a server twice: {' '.join(urls)}")
     found = [asked(url) for url in urls]
@@ -66,12 +67,19 @@ def profile_of(urls: Sequence[str], served: Served, source: str) -> dict[str, An
 def asked(url: str) -> Served:
     """What a server says it serves. Raises OperationError."""
     try:
-        reply = httpx.get(f"{url.rstrip('/')}/v1/models", timeout=TIMEOUT_S, trust_env=False)
-        card: dict[str, Any] = reply.raise_for_status().json()["data"][0]
+        reply = httpx.get(f"{url}/v1/models", timeout=TIMEOUT_S, trust_env=False)
+        if reply.status_code in (401, 403):
+            key = "it wants a key: write a profile, with engine.upstream.api_key_env (docs/profiles.md)"
+            raise OperationError(f"{url}/v1/models answered {reply.status_code}: {key}")
+        if reply.status_code != httpx.codes.OK:
+            raise OperationError(f"{url}/v1/models answered {reply.status_code}: no OpenAI-compatible server?")
+        card: dict[str, Any] = reply.json()["data"][0]
         name, longest = str(card["id"]), card.get("max_model_len")
         return Served(name, str(card.get("root") or name), longest if isinstance(longest, int) else None)
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise OperationError(f"{url}/v1/models: {error or type(error).__name__}") from error
+    except ValueError as error:
+        raise OperationError(f"{url}/v1/models answered no JSON: no OpenAI-compatible server?") from error
     except (KeyError, IndexError, TypeError) as error:
         raise OperationError(f"{url}/v1/models lists no model") from error
 

@@ -236,8 +236,10 @@ class OpenAiEngine:
         headers = {"content-type": "application/json"}
         async with self._client.stream("POST", "/v1/completions", content=body, headers=headers) as reply:
             if reply.status_code != httpx.codes.OK:
-                text = (await reply.aread()).decode(errors="replace")
-                self._end(call, call.reader.failure(status_fault(reply.status_code, text)))
+                fault = status_fault(reply.status_code, (await reply.aread()).decode(errors="replace"))
+                if fault.code == "internal":  # a wrong key, a model that is gone: whoever runs this should know
+                    logger.warning("%s: %s", self._upstream.place.url, fault.message)
+                self._end(call, call.reader.failure(fault))
                 return
             async for data in _events(reply.aiter_bytes()):
                 delta = call.reader.delta(data)

@@ -141,7 +141,7 @@ class Roots:
             raise self._outside(place)
 
     def _outside(self, place: Place) -> OutsideError:
-        return OutsideError(f"{place} does not lie within {self.words}, links resolved: adapters must")
+        return OutsideError(f"{place} does not lie within {self.words} (links resolved), as adapters must")
 
 
 def _resolved(path: Path) -> Path:

@@ -12,8 +12,8 @@ from gateway.adapter_admin import AdapterAdmin, NewAdapter
 from gateway.adapter_states import AdapterView
 from gateway.api.administration import adapter_admin, administrator
 from gateway.api.exchange import Exchange
-from gateway.api.fields import Body, ignored_header
-from gateway.errors import ModelNotFoundError
+from gateway.api.fields import Body
+from gateway.errors import ApiError, BadRequestError, ModelNotFoundError
 from gateway.sse import encode
 from gateway.types import Gateway, Tenant
 
@@ -69,8 +69,9 @@ class Adapters:
             await exchange.send(encode(await self._view(name)))
 
     async def _add(self, exchange: Exchange, tenant: Tenant) -> None:
-        request, ignored = self._create.decode(await exchange.json_body())
-        exchange.extra_headers += ignored_header(ignored)
+        request, unknown = self._create.decode(await exchange.json_body())
+        if unknown:  # a misspelt one would change what is stored in silence
+            raise BadRequestError(f"Unknown field: {', '.join(unknown)}.", param=unknown[0])
         asked = NewAdapter(
             name=request.name,
             path=request.path,
@@ -80,7 +81,10 @@ class Adapters:
             replaces=request.replace,
             pinned=request.pinned,
         )
-        await self._admin.load(asked, tenant, f"{exchange.request_id}-0")
+        try:
+            await self._admin.load(asked, tenant, f"{exchange.request_id}-0")
+        except ApiError as error:
+            raise _in_our_words(error) from error
         await exchange.send(encode(await self._view(request.name)), status=201)
 
     async def _remove(self, exchange: Exchange, name: str) -> None:
@@ -103,3 +107,15 @@ class Adapters:
     @property
     def _admin(self) -> AdapterAdmin:
         return adapter_admin(self._gateway)
+
+
+_OUR_FIELDS = {"lora_name": "name", "lora_path": "path"}
+_OUR_WORDS = {"'load_inplace' to True": "'replace' to true", "'lora_name'": "'name'", "'lora_path'": "'path'"}
+
+
+def _in_our_words(error: ApiError) -> ApiError:
+    """The administrator's work speaks of vLLM's fields; this route has other names for them."""
+    error.param = _OUR_FIELDS.get(error.param or "", error.param)
+    for theirs, ours in _OUR_WORDS.items():
+        error.message = error.message.replace(theirs, ours)
+    return error

@@ -144,11 +144,13 @@ class StreamReader:
 def status_fault(status: int, text: str) -> Fault:
     """What an answer that is none means for the request."""
     message = _message(text) or f"the server answered {status}"
-    if status in (400, 404, 422):
+    if status in (400, 422):
         return Fault("unsupported_parameter", message)
-    if status in (429, 503):
+    if status == 429:
         return Fault("overloaded", message, retryable=True)
-    return Fault("internal", message, retryable=True)
+    if status == 503:  # it starts, stops, or has nobody to serve it: another server may
+        return Fault("draining", message, retryable=True)
+    return Fault("internal", f"the server answered {status}: {message}"[:500], retryable=True)
 
 
 def _message(text: str) -> str:

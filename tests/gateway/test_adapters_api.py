@@ -51,6 +51,11 @@ async def test_a_new_version_takes_over_unless_told_not_to(stack: Stack, world: 
     assert (await add(stack, "x", world.adapters["a"].path))[0] == 201
     status, error = await add(stack, "x", world.adapters["b"].path, replace=False)
     assert status == 400 and "already been loaded" in error["message"]
+    assert "'replace' to true" in error["message"] and error["param"] == "name"
+    status, error = await add(stack, "x", "somewhere")
+    assert (status, error["param"]) == (400, "path") and "'path' must be" in error["message"]
+    status, error = await add(stack, "x", world.adapters["b"].path, pinnd=True)
+    assert (status, error["param"], error["message"]) == (400, "pinnd", "Unknown field: pinnd.")
     status, view = await add(stack, "x", world.adapters["b"].path)
     assert (status, view["version"]) == (201, "2")
     assert await says(stack, "x") == world.says("b")

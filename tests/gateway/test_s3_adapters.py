@@ -92,7 +92,9 @@ async def test_paths_must_lie_within_the_roots(stack: Stack, world: World, s3: S
         ):
             status, error = await add(stack, "x", path)
             assert (status, error["code"]) == (400, "adapter_not_loadable"), error
-            assert error["message"] == f"{path} does not lie within adapter_files.roots, links resolved: adapters must"
+            assert (
+                error["message"] == f"{path} does not lie within adapter_files.roots (links resolved), as adapters must"
+            )
     finally:
         link.unlink()
     assert (await add(stack, "y", world.adapters["a"].path))[0] == 201

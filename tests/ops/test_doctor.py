@@ -268,7 +268,7 @@ def test_sources_of_adapters_are_looked_into(tmp_path: Path) -> None:
         (tmp_path / "s" / name).mkdir(parents=True)
         (tmp_path / "s" / name / "adapter_config.json").write_text("{}")
     found = said(f"file://{tmp_path}/s")
-    assert (found.status, found.detail) == ("ok", f"file://{tmp_path}/s: 2 adapters")
+    assert (found.status, found.detail) == ("ok", f"file://{tmp_path}/s: 2 folders, checked when they are loaded")
     found = said(f"file://{tmp_path}/s", "adapter_sources.0.max_adapters=1")
     assert found.status == "warn" and "1 are passed over" in found.advice
     assert said(f"file://{tmp_path}/none").status == "warn"

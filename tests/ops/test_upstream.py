@@ -6,7 +6,9 @@ import contextlib
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import httpx
@@ -49,6 +51,40 @@ def test_what_keeps_a_profile_from_being_made_is_said(tmp_path: Path) -> None:
             make_profile([one, one], "sim:bytes", tmp_path)
     with pytest.raises(OperationError, match="/v1/models"):
         make_profile([one], "sim:bytes", tmp_path)
+
+
+def test_what_clients_call_base_url_will_do_too(tmp_path: Path) -> None:
+    with mock() as one:
+        path = make_profile([f"{one}/v1/"], "sim:bytes", tmp_path)
+        assert f"url: {one}\n" in path.read_text()
+        with pytest.raises(OperationError, match="twice"):
+            make_profile([one, f"{one}/v1"], "sim:bytes", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [(401, b"", "wants a key: .*api_key_env"), (404, b"", "answered 404"), (200, b"<html>", "no JSON")],
+)
+def test_a_server_that_is_none_is_told_in_a_line(tmp_path: Path, status: int, body: bytes, words: str) -> None:
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with pytest.raises(OperationError, match=words) as caught:
+                make_profile([f"http://127.0.0.1:{server.server_port}"], "sim:bytes", tmp_path)
+        finally:
+            server.shutdown()
+            thread.join()
+    assert "mozilla" not in str(caught.value)
 
 
 @pytest.mark.ray

@@ -112,7 +112,8 @@ async def test_what_was_sent_is_believed_to_be_cached() -> None:
     ("behaviour", "code", "retryable"),
     [
         (Behaviour(status=500), "internal", True),
-        (Behaviour(status=503), "overloaded", True),
+        (Behaviour(status=503), "draining", True),
+        (Behaviour(status=429), "overloaded", True),
         (Behaviour(status=400), "unsupported_parameter", False),
         (Behaviour(crash_on_request=1), "internal", True),
         (Behaviour(crash_after_chunks=2), "internal", True),
@@ -293,3 +294,14 @@ def test_metrics_are_summed_and_sizes_read() -> None:
 @pytest.mark.parametrize("text", ['{"error": {"message": "no"}}', '{"message": "no"}', "no"])
 def test_a_servers_own_words_are_passed_on(text: str) -> None:
     assert status_fault(400, text).message == "no"
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "retryable"),
+    [(400, "unsupported_parameter", False), (429, "overloaded", True), (503, "draining", True), (401, "internal", True),
+     (404, "internal", True), (500, "internal", True)],
+)  # fmt: skip
+def test_what_a_server_answers_is_nobody_elses_fault(status: int, code: str, retryable: bool) -> None:
+    """503 is no full queue of ours, and 404 no parameter of the client's: the model has gone there."""
+    fault = status_fault(status, "its words")
+    assert (fault.code, fault.retryable) == (code, retryable) and "its words" in fault.message
