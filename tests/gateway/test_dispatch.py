@@ -261,6 +261,7 @@ async def test_without_a_replacement_the_client_is_told_when_to_try_again(monkey
     with pytest.raises(UnavailableError) as refused:
         await reader.task
     assert refused.value.retry_after_s
+    assert refused.value.message.endswith("The last one said: Replica a was lost before it answered.")
     await world.close()
 
 
