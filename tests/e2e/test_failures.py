@@ -93,7 +93,7 @@ def test_a_replica_killed_in_mid_stream_ends_in_an_error_event(stack: Stack) -> 
         os.kill(pid_of(stack, replica), signal.SIGKILL)
         killed = time.monotonic()
         rest = list(lines)
-    assert time.monotonic() - killed < 1.0
+    assert time.monotonic() - killed < 3.0
     assert rest[-1] != "data: [DONE]"
     assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "replica_lost"
     wait_until(lambda: len(set(stack.replica_pids("smollm2")) - {*victims}) >= 1, 60)

@@ -173,11 +173,11 @@ async def test_an_adapter_added_while_it_runs_is_served_at_once_and_a_removed_on
     try:
         await registry.add(Adapter(name="fresh", base_model="m", version="7"))
         catalogue = stack.composed.adapters
-        await until(lambda: catalogue.catalogue.named("fresh") is not None, 1.0)
+        await until(lambda: catalogue.catalogue.named("fresh") is not None, 5.0)
         answer = await complete(stack, "fresh", "x")
         assert answer["choices"][0]["text"] == expected("x", 6, "fresh@7"), answer
         await registry.remove("fresh")
-        await until(lambda: catalogue.catalogue.named("fresh") is None, 1.0)
+        await until(lambda: catalogue.catalogue.named("fresh") is None, 5.0)
         assert (await complete(stack, "fresh", "x"))["status"] == 404
         stack.valkey.kill()
         assert (await complete(stack, "lora-4", "x"))["choices"][0]["text"] == expected("x", 6, "lora-4@1")

@@ -65,7 +65,7 @@ async def test_who_would_wait_too_long_is_told_at_once_when_to_come_back_and_the
     await asyncio.sleep(after_s - (time.monotonic() - began))
     began = time.monotonic()
     assert (await ask(slow, "lora-1", HASTY)).status_code == 200
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 2.0
 
 
 async def test_an_unknown_wait_is_tried_and_at_the_deadline_the_error_says_the_same(slow: Stack) -> None:

@@ -269,7 +269,7 @@ async def test_an_error_of_one_merged_job_is_told_though_another_never_pauses() 
     chatty.say("b")
     bad.end(ReplicaLostError("gone"))
     with pytest.raises(ReplicaLostError):
-        await asyncio.wait_for(reading.task, 1)
+        await asyncio.wait_for(reading.task, 10)
 
 
 async def test_merged_jobs_keep_their_indexes_and_their_order() -> None:

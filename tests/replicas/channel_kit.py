@@ -61,7 +61,7 @@ class Replica:
         self.engine = ScriptedEngine()
         self.records: list[UsageRecord] = []
         options = ServerOptions(
-            heartbeat_s=0.1, dead_after_s=0.4, handshake_s=0.3, max_handshakes=4, journal=self.records.extend
+            heartbeat_s=0.1, dead_after_s=0.8, handshake_s=0.3, max_handshakes=4, journal=self.records.extend
         )
         self.server = ChannelServer(self.engine, "replica-1", SECRET, options)
 

@@ -327,7 +327,7 @@ async def test_draining_lets_those_who_wait_have_their_adapter_and_refuses_new_o
     await kit.finish("a@1")
     assert kit.inner.draining and not drain.done()
     await kit.end("r")
-    await asyncio.wait_for(drain, 1)
+    await asyncio.wait_for(drain, 10)
     await kit.engine.close()
 
 

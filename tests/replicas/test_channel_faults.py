@@ -30,16 +30,16 @@ async def test_a_replica_that_falls_silent_loses_the_link_within_its_time(tmp_pa
         process = await run_replica(tmp_path)
         try:
             lost: list[ReplicaLink] = []
-            options = LinkOptions(heartbeat_s=0.1, dead_after_s=0.5, on_lost=lost.append)
+            options = LinkOptions(heartbeat_s=0.1, dead_after_s=1.0, on_lost=lost.append)
             link = await ReplicaLink.connect(f"unix://{tmp_path}/child.sock", SECRET, "ingress", options)
             stream = link.open(request("r"))
-            await asyncio.sleep(0.7)
+            await asyncio.sleep(1.2)
             assert link.alive, "an idle replica lives by its heartbeats"
             os.kill(process.pid, signal.SIGSTOP)
             began = time.monotonic()
             with pytest.raises(LinkLostError, match="no sign of life") as caught:
                 await anext(stream)
-            assert 0.3 < time.monotonic() - began < 1.0
+            assert 0.7 < time.monotonic() - began < 5.0
             assert caught.value.replica_id == "child"
             assert lost == [link]
             with pytest.raises(LinkLostError):
@@ -52,14 +52,15 @@ async def test_a_replica_that_falls_silent_loses_the_link_within_its_time(tmp_pa
 async def test_a_killed_replica_loses_every_stream_at_once(tmp_path: Path) -> None:
     async with asyncio.timeout(10):
         process = await run_replica(tmp_path)
-        link = await ReplicaLink.connect(f"unix://{tmp_path}/child.sock", SECRET, "ingress")
+        options = LinkOptions(dead_after_s=60)
+        link = await ReplicaLink.connect(f"unix://{tmp_path}/child.sock", SECRET, "ingress", options)
         streams = [link.open(request(f"r{i}")) for i in range(20)]
         readers = [asyncio.create_task(anext(stream)) for stream in streams]  # type: ignore[arg-type]
         await asyncio.sleep(0.05)
         process.kill()
         began = time.monotonic()
         outcomes = await asyncio.gather(*readers, return_exceptions=True)
-        assert time.monotonic() - began < 0.5, "the end of the file says it, no timeout is needed"
+        assert time.monotonic() - began < 5.0, "the end of the file says it, no timeout is needed"
         assert all(isinstance(o, LinkLostError) for o in outcomes)
         process.wait()
         with pytest.raises(EndpointError):
@@ -97,7 +98,7 @@ async def test_a_vanished_ingress_has_its_requests_aborted_and_its_usage_journal
     replica.engine.step(write)
     replica.engine.step(write)
     link._connection.transport.abort()  # what a SIGKILL looks like from here
-    await until(lambda: len(replica.records) == 2, 2.0)
+    await until(lambda: len(replica.records) == 2, 5.0)
     assert [i.split("/")[1] for i in replica.engine.aborted] == ["one", "two"]
     assert replica.records[0] == UsageRecord(
         request_id="one",
@@ -125,8 +126,8 @@ async def test_a_frozen_ingress_is_given_up_although_its_socket_stays_open(repli
     link.open(request("r"))
     await until(lambda: replica.engine.open)
     began = time.monotonic()
-    await until(lambda: replica.records, 2.0)
-    assert 0.2 < time.monotonic() - began < 1.5
+    await until(lambda: replica.records, 5.0)
+    assert 0.2 < time.monotonic() - began < 5.0
     assert replica.records[0].reason.startswith("no sign of life")
     await until(lambda: not replica.engine.open)
     assert replica.server.num_ingresses == 0
@@ -148,12 +149,12 @@ async def test_requests_that_ended_or_were_cancelled_are_not_journaled(replica: 
 
 async def test_a_busy_event_loop_is_not_taken_for_a_dead_peer(replica: Replica) -> None:
     link = await ReplicaLink.connect(
-        replica.endpoint, SECRET, "ingress", LinkOptions(heartbeat_s=0.1, dead_after_s=0.4)
+        replica.endpoint, SECRET, "ingress", LinkOptions(heartbeat_s=0.1, dead_after_s=0.8)
     )
     stream = link.open(request("r"))
     await until(lambda: replica.engine.open)
     await asyncio.sleep(0.3)  # both sides have unread signs of life in their sockets by the end of the stall
-    time.sleep(0.6)  # noqa: ASYNC251 the stall is the point
+    time.sleep(1.0)  # noqa: ASYNC251 the stall is the point
     await asyncio.sleep(0.3)
     assert link.alive
     replica.engine.step(counting(1))

@@ -208,7 +208,7 @@ async def test_a_slow_handshake_is_cut_off_whatever_it_drips(replica: Replica) -
 
     dripping = asyncio.create_task(drip())
     assert await is_dropped(reader)
-    assert 0.2 < time.monotonic() - began < 1.0
+    assert 0.2 < time.monotonic() - began < 2.5
     dripping.cancel()
     writer.close()
 

@@ -187,7 +187,7 @@ async def test_members_can_be_announced_before_redis_is_there(fleet: Fleet, valk
     valkey.kill()
     began = time.monotonic()
     await announcement.withdraw()
-    assert time.monotonic() - began < 1.0, "withdrawing gives up on a dead Redis"
+    assert time.monotonic() - began < 3.0, "withdrawing gives up on a dead Redis"
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ async def test_a_restart_between_two_calls_costs_no_failure(valkey: Valkey, stor
 
 
 async def test_a_frozen_server_costs_its_timeout_a_few_times_and_then_nothing(valkey: Valkey) -> None:
-    store = Store(valkey.url, "test", StoreOptions(timeout_s=0.1, max_failures=2, open_s=0.3))
+    store = Store(valkey.url, "test", StoreOptions(timeout_s=0.1, max_failures=2, open_s=1.0))
     await store.execute("SET", "k", "mine")
     valkey.signal(signal.SIGSTOP)
     try:
@@ -127,15 +127,15 @@ async def test_a_frozen_server_costs_its_timeout_a_few_times_and_then_nothing(va
             began = time.monotonic()
             with pytest.raises(StoreUnavailableError):
                 await store.execute("GET", "k")
-            assert time.monotonic() - began < 0.4
+            assert time.monotonic() - began < 2.0
         began = time.monotonic()
         for _ in range(100):
             with pytest.raises(BreakerOpenError):
                 await store.execute("GET", "k")
-        assert time.monotonic() - began < 0.1
+        assert time.monotonic() - began < 0.8, "each would cost 0.1"
     finally:
         valkey.signal(signal.SIGCONT)
-    await asyncio.sleep(0.35)
+    await asyncio.sleep(1.05)
     # Late replies to the calls that timed out must not be taken for replies to these.
     assert [await store.execute("INCRBY", "n", 1) for _ in range(3)] == [1, 2, 3]
     assert await store.execute("GET", "k") == b"mine"
@@ -164,7 +164,7 @@ async def test_a_server_that_answers_byte_by_byte_is_cut_off_in_time(tmp_path: P
         began = time.monotonic()
         with pytest.raises(StoreUnavailableError):
             await store.execute("GET", "k")
-        assert time.monotonic() - began < 0.6
+        assert time.monotonic() - began < 3.0
         stop.set()
         thread.join()
         await store.close()

