@@ -1,4 +1,4 @@
-"""The real stack, started once a run: Ray, HAProxy, Valkey, two ingress replicas, two native replicas on SmolLM2."""
+"""The real stack, started once for these tests: Ray, HAProxy, Valkey, two ingress replicas, two native replicas (SmolLM2)."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def start_stack(profile: str, folder: Path, *overrides: str) -> Stack:
     return Stack(process, port, log, list(overrides))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("stack")
     running = start_stack("quickstart", folder, "cluster=e2e", "http.ingress_replicas=2")

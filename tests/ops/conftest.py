@@ -6,7 +6,7 @@ from tests.ops import ray_stack
 from tests.ops.ray_stack import Stack
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Two ingress and two sim replicas behind HAProxy where there is one; tokens come slowly enough to be watched."""
     log = tmp_path_factory.mktemp("stack") / "serve.log"
