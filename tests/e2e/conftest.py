@@ -1,4 +1,4 @@
-"""The real stack, started once for these tests: Ray, HAProxy, Valkey, two ingress replicas, two native replicas (SmolLM2)."""
+"""The real stack, started once: Ray, HAProxy, Valkey, two ingress replicas, two native replicas on SmolLM2."""
 
 from __future__ import annotations
 
