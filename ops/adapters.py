@@ -90,9 +90,11 @@ def adapters_sources(place: tuple[str | None, str | None], as_json: bool) -> Non
         click.echo("no source was looked at: a profile names them under adapter_sources")
     for status in found.values():
         when = datetime.fromtimestamp(status.looked_at).isoformat(" ", "seconds") if status.looked_at else "never"
-        click.echo(f"{status.url}  {status.base_model}  {status.num_adapters} adapters, seen {when}")
+        adapters = "1 adapter" if status.num_adapters == 1 else f"{status.num_adapters} adapters"
+        click.echo(f"{status.url}  {status.base_model}  {adapters}, seen {when}")
         if status.num_waiting:
-            click.echo(f"  {status.num_waiting} folders are still changing, or are looked at again")
+            folders = "1 folder is" if status.num_waiting == 1 else f"{status.num_waiting} folders are"
+            click.echo(f"  {folders} still changing, or looked at again")
         if status.error:
             click.echo(f"  cannot be read: {status.error}")
         for name, why in sorted(status.failed.items()):
