@@ -154,6 +154,7 @@ def other(tmp_path: Any) -> Iterator[Stack]:
         running.stop()
 
 
+@pytest.mark.slow
 def test_two_instances_live_side_by_side_and_one_stops_alone(stack: Stack, other: Stack, client: openai.OpenAI) -> None:
     with openai.OpenAI(base_url=f"{other.url}/v1", api_key="unused") as second:
         assert {m.id for m in second.models.list()} == {"sim"}

@@ -306,6 +306,7 @@ async def test_a_client_that_reads_slowly_loses_nothing_and_holds_up_nobody(stac
     await asyncio.sleep(1.0)
     assert len(await asyncio.wait_for(text_of(stack, max_tokens=20), 10)) > 0
     assert not stack.idle(), "its stream waits at the replica, not in the ingress's memory"
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**20)
     received = await asyncio.wait_for(reader.read(-1), 60)
     writer.close()
     assert received.count(b"data: [DONE]") == 1

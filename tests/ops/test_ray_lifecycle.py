@@ -165,6 +165,7 @@ shutil.rmtree(runtime.run_dir)
 """
 
 
+@pytest.mark.slow
 def test_serve_run_builds_the_same_application(tmp_path):
     """As `serve run ops.deploy:build profile=sim` does, on a Ray of its own."""
     with contextlib.ExitStack() as running:

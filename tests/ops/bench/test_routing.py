@@ -115,6 +115,7 @@ def test_vllm_router_replays_the_same_slice(trace: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_ray_serve_replays_the_same_slice(trace: Path) -> None:
     pytest.importorskip("pyarrow", reason="Ray's PrefixCacheAffinityRouter imports it")
     found = run(trace, "ray:prefix_affinity", "warmgate-in-ray:prefix_affinity")

@@ -92,6 +92,7 @@ def test_the_best_profile_is_the_best_of_the_findings_and_loads(tmp_path: Path) 
     assert last_line(again)["engines"] == said["engines"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_keeps_what_it_found_and_goes_on(tmp_path: Path) -> None:
     profile, out = write_profile(tmp_path / "mine.yaml", ENGINE), tmp_path / "out"
     words = [*LOAD, *SLO, "--rate", "5", "--sweep", "max_num_seqs=4,8", "--minutes", "3", "--out", str(out)]
@@ -131,6 +132,7 @@ def test_the_time_is_bounded_and_the_report_says_so(tmp_path: Path) -> None:
     assert "The 0.1 minutes were over" in (out / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_candidate_that_cannot_start_is_a_line_with_its_reason(tmp_path: Path) -> None:
     """A cache of a kilobyte holds no block: the in-house engine says so, and the sweep goes on."""
     model = write_tiny_llama(tmp_path / "tiny")

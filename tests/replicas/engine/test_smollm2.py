@@ -112,6 +112,7 @@ def check(answers: dict[str, Answer], oracle: list[Expected]) -> None:
                 assert logprob == pytest.approx(raw[token_id].item(), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_greedy_tokens_of_prompts_alone_equal_transformers(
     model_dir: Path, prompts: list[list[int]], oracle: list[Expected]
 ) -> None:
@@ -120,7 +121,7 @@ def test_greedy_tokens_of_prompts_alone_equal_transformers(
         check(run(core, [request]), oracle)
 
 
-@pytest.mark.parametrize("kernels", ["auto", "none"])
+@pytest.mark.parametrize("kernels", ["auto", pytest.param("none", marks=pytest.mark.slow)])
 def test_greedy_tokens_of_mixed_batches_in_chunks_and_from_the_cache_equal_transformers(
     kernels: str, model_dir: Path, prompts: list[list[int]], oracle: list[Expected]
 ) -> None:
@@ -134,7 +135,8 @@ def test_greedy_tokens_of_mixed_batches_in_chunks_and_from_the_cache_equal_trans
 
 
 @pytest.mark.parametrize(
-    ("longest", "num_blocks", "prefix_caching"), [(64, 25, False), (64, 25, True), (260, 90, True)]
+    ("longest", "num_blocks", "prefix_caching"),
+    [pytest.param(64, 25, False, marks=pytest.mark.slow), (64, 25, True), (260, 90, True)],
 )
 def test_greedy_tokens_of_preempted_requests_equal_transformers(
     longest: int,

@@ -27,7 +27,9 @@ def drawn(table: torch.Tensor, points: list[SamplePoint]) -> list[int]:
     return [token.token_id for token in sampler.sample(table[last].clone(), points)]
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.6])
+@pytest.mark.parametrize(
+    "temperature", [pytest.param(0.5, marks=pytest.mark.slow), 1.0, pytest.param(1.6, marks=pytest.mark.slow)]
+)
 def test_two_tokens_of_a_hundred_thousand_requests_follow_the_models_distribution(temperature: float) -> None:
     """A draft model with another distribution guesses the first token, with the noise that the model will have."""
     seqs = [make_sequence([3], seed=seed, temperature=temperature) for seed in range(NUM_SAMPLES)]
