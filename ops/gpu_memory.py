@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from configs.schema import GroupConfig, ModelConfig
 from configs.tokenizer import find_model
-from ops.memory import GIB, Estimate, ModelShape
+from ops.memory import GIB, Estimate, ModelShape, draft_shape
 
 CONTEXT_BYTES = 600 << 20
 """The CUDA context, cuBLAS and NCCL: outside of vLLM's share."""
@@ -59,13 +59,14 @@ def num_devices(group: GroupConfig) -> int:
     return group.engine.vllm.tensor_parallel_size * group.engine.vllm.pipeline_parallel_size
 
 
-def plan(group: GroupConfig, shape: ModelShape, card: Card) -> GpuPlan:
-    """The arithmetic for one card of a replica."""
+def plan(group: GroupConfig, shape: ModelShape, card: Card, drafter: ModelShape | None = None) -> GpuPlan:
+    """The arithmetic for one card of a replica. `drafter`: a model that guesses beside it, from the same KV cache."""
     engine, devices = group.engine, num_devices(group)
     tensor, pipeline = engine.vllm.tensor_parallel_size, engine.vllm.pipeline_parallel_size
     dtype = "bfloat16" if engine.dtype == "auto" and shape.dtype not in ("float16", "bfloat16") else engine.dtype
     weights = shape.weights_in(dtype, engine.quantization) // devices
     weights += shape.lora_bytes(engine, dtype) // devices if engine.max_adapters else 0
+    weights += drafter.weights_in(dtype) // devices if drafter else 0
     batch = engine.max_num_batched_tokens * (2 * shape.intermediate_size // tensor + 4 * shape.hidden_size) * 2
     logits = 3 * engine.max_num_seqs * shape.vocab_size * 4
     eager = engine.vllm.enforce_eager if engine.kind == "vllm" else False
@@ -75,6 +76,7 @@ def plan(group: GroupConfig, shape: ModelShape, card: Card) -> GpuPlan:
     activations = batch + logits + WORKSPACE_BYTES
     room = budget - weights - activations - graphs
     a_token = shape.kv_bytes_per_token(dtype, engine.kv_cache_dtype)
+    a_token += drafter.kv_bytes_per_token(dtype, engine.kv_cache_dtype) if drafter else 0
     heads_split = min(tensor, shape.num_kv_heads)  # more cards than KV heads hold copies
     return GpuPlan(weights, activations, graphs, room, max(1, a_token // heads_split // pipeline))
 
@@ -83,7 +85,8 @@ def group_on_card(group: GroupConfig, model: ModelConfig, home: Path, card: Card
     """Whether the longest request fits beside the weights, and what would fit. Raises ConfigError when the model's
     files cannot be read."""
     shape = ModelShape.read(find_model(model.source, home))
-    found = plan(group, shape, card)
+    drafter = draft_shape(group.engine, home)
+    found = plan(group, shape, card, drafter)
     longest = min(group.engine.max_model_len or shape.max_model_len, shape.max_model_len)
     of = f"{num_devices(group)} x " if num_devices(group) > 1 else ""
     detail = (
@@ -94,19 +97,21 @@ def group_on_card(group: GroupConfig, model: ModelConfig, home: Path, card: Card
     if found.kv_tokens >= longest:
         at_once = found.kv_tokens // longest
         return Estimate(0, "ok", f"{detail} (longest request {longest:,}: {at_once} at once)")
-    return Estimate(0, "fail", f"{detail}, fewer than one request of {longest:,}", _advice(group, shape, card, longest))
+    return Estimate(
+        0, "fail", f"{detail}, fewer than one request of {longest:,}", _advice(group, shape, card, longest, drafter)
+    )
 
 
-def _advice(group: GroupConfig, shape: ModelShape, card: Card, longest: int) -> str:
+def _advice(group: GroupConfig, shape: ModelShape, card: Card, longest: int, drafter: ModelShape | None) -> str:
     """The smallest changes that make it fit."""
-    found = plan(group, shape, card)
+    found = plan(group, shape, card, drafter)
     ways: list[str] = []
     if found.kv_tokens >= 512:
         ways.append(f"engine.max_model_len {found.kv_tokens // 256 * 256} at most")
     for devices in (2, 4, 8):
         if group.engine.kind == "vllm" and devices > num_devices(group):
             wider = _with_tensor_parallel(group, devices)
-            if plan(wider, shape, card).kv_tokens >= longest:
+            if plan(wider, shape, card, drafter).kv_tokens >= longest:
                 ways.append(f"engine.vllm.tensor_parallel_size {devices}")
                 break
     if group.engine.kv_cache_dtype == "auto" and found.kv_tokens * 2 >= longest:

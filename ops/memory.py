@@ -132,6 +132,9 @@ def group_memory(group: GroupConfig, model: ModelConfig, home: Path) -> Estimate
     dtype = _resolved_dtype(group)
     weights, longest = shape.weights_in(dtype, engine.quantization), _longest(engine, shape)
     a_token = shape.kv_bytes_per_token(dtype, engine.kv_cache_dtype)
+    if drafter := draft_shape(engine, home):
+        weights += drafter.weights_in(dtype)
+        a_token += drafter.kv_bytes_per_token(dtype, engine.kv_cache_dtype)
     kv_bytes = min(int(engine.kv_cache_gib * GIB), engine.max_num_seqs * longest * a_token)  # more is never used
     tokens = kv_bytes // a_token
     detail = f"a replica: weights {weights / GIB:.2f} GiB, KV {kv_bytes / GIB:.2f} GiB = {tokens:,} tokens"
@@ -141,8 +144,17 @@ def group_memory(group: GroupConfig, model: ModelConfig, home: Path) -> Estimate
         detail += f", LoRA {lora / GIB:.2f} GiB"
     if tokens < longest:
         advice = f"raise engine.kv_cache_gib, or set engine.max_model_len to {tokens} at most"
-        return Estimate(needed, "warn", f"{detail}, fewer than {longest:,}", advice)
+        refused = engine.kind == "vllm" and _is_on_cpu(group)  # it does not start then
+        return Estimate(needed, "fail" if refused else "warn", f"{detail}, fewer than {longest:,}", advice)
     return Estimate(needed, "ok", f"{detail} (longest request {longest:,})")
+
+
+def draft_shape(engine: EngineConfig, home: Path) -> ModelShape | None:
+    """The model that guesses, where it shares a replica's KV cache, as vLLM's does. Raises ConfigError."""
+    guessing = engine.speculative
+    if engine.kind != "vllm" or guessing is None or guessing.method != "draft_model" or guessing.model is None:
+        return None
+    return ModelShape.read(find_model(guessing.model, home))
 
 
 def main_memory(config: Config, home: Path) -> dict[int, int]:
@@ -173,9 +185,11 @@ def beyond_memory(config: Config, home: Path, total_bytes: int) -> Problem | Non
 
 def _resolved_dtype(group: GroupConfig) -> str:
     """What the engine makes of `auto`: float32 on a CPU, the files' own elsewhere."""
-    engine = group.engine
-    on_cpu = engine.device == "cpu" or (engine.device == "auto" and group.resources.num_gpus == 0)
-    return "float32" if engine.dtype == "auto" and on_cpu else engine.dtype
+    return "float32" if group.engine.dtype == "auto" and _is_on_cpu(group) else group.engine.dtype
+
+
+def _is_on_cpu(group: GroupConfig) -> bool:
+    return group.engine.device == "cpu" or (group.engine.device == "auto" and group.resources.num_gpus == 0)
 
 
 def _longest(engine: EngineConfig, shape: ModelShape) -> int:

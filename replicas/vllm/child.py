@@ -1,12 +1,14 @@
-"""Ends vLLM's processes when the replica that started them is gone, however it went.
+"""Ends vLLM's processes when the replica that started them is gone, however it went; keeps why one did not start.
 
 vLLM's engine core notices nothing when its parent is killed: it waits for requests for ever, with the model in memory.
-vLLM calls its plugins (entry points `vllm.general_plugins`) first thing in each of its processes; `watch` is ours. Only
-the standard library is imported here.
+What fails in it is told on its stderr only. vLLM calls its plugins (entry points `vllm.general_plugins`) first thing in
+each of its processes; `watch` is ours. Only the standard library is imported here.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import select
 import signal
@@ -17,6 +19,10 @@ from pathlib import Path
 VARIABLE = "WARMGATE_VLLM_PARENT"
 """Holds what `mark` gives; inherited by every process below the replica."""
 
+FOLDER = "VLLM_RPC_BASE_PATH"
+"""Names the folder of vLLM's sockets, the replica's own; `_WHY` is written there."""
+
+_WHY = "why"
 _THREAD = "watch the replica"
 _POLL_S = 0.5
 
@@ -35,6 +41,33 @@ def watch() -> None:
     if any(thread.name == _THREAD for thread in threading.enumerate()):
         return
     threading.Thread(target=_until_gone, args=(int(pid), started), name=_THREAD, daemon=True).start()
+    if folder := os.environ.get(FOLDER):
+        logging.getLogger("vllm").addHandler(_FirstFailure(Path(folder)))
+
+
+def why(folder: Path) -> str:
+    """The first exception that one of vLLM's processes has logged, in a line; empty where none has."""
+    with contextlib.suppress(OSError):
+        return (folder / _WHY).read_text()
+    return ""
+
+
+class _FirstFailure(logging.Handler):
+    """Writes the first exception that is logged as an error to `folder`; of a traceback passed on as text, its end."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(logging.ERROR)
+        self._path = folder / _WHY
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        if error is None:
+            return
+        text = str(error)
+        lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+        said = lines[-1] if lines[0].startswith("Traceback") else f"{type(error).__name__}: {lines[0]}"
+        with contextlib.suppress(OSError), self._path.open("x") as file:
+            file.write(said[:500])
 
 
 def _until_gone(pid: int, started: str) -> None:

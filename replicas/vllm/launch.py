@@ -113,10 +113,11 @@ def launch(wanted: Wanted) -> Launched:
     except BaseException as error:
         if events is not None:
             events.close()
+        why = child.why(folder)
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, EngineError) or not isinstance(error, Exception):
             raise
-        raise EngineError(f"vLLM did not start: {_reason(error)}") from error
+        raise EngineError(f"vLLM did not start: {why or _reason(error)}") from error
 
 
 def _processes(engine: AsyncLLM) -> Iterator[psutil.Process]:
@@ -135,7 +136,7 @@ def _prepare(folder: Path, config: EngineConfig) -> None:
         os.environ.setdefault(name, value)
     if config.vllm.pipeline_parallel_size == 1:  # stages of a pipeline may lie on several nodes
         os.environ["VLLM_HOST_IP"] = "127.0.0.1"
-    os.environ["VLLM_RPC_BASE_PATH"] = str(folder)
+    os.environ[child.FOLDER] = str(folder)
     os.environ[child.VARIABLE] = child.mark()
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would win over the profile
 

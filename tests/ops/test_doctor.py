@@ -17,7 +17,7 @@ from rich.console import Console
 
 from configs.errors import ConfigError
 from configs.load import load_profile, setting
-from configs.schema import Config, EngineConfig, GroupConfig, ModelConfig, TenantConfig
+from configs.schema import Config, EngineConfig, GroupConfig, ModelConfig, SpeculativeConfig, TenantConfig
 from ops import checks
 from ops.doctor import Finding, Patient, diagnose, render, to_json, worst
 from ops.memory import BASE_BYTES, GIB, ModelShape, beyond_memory, group_memory
@@ -214,6 +214,21 @@ def test_kv_cache_too_small_for_the_longest_request_is_to_be_minded(tmp_path: Pa
     found = group_memory(small, model, tmp_path)
     assert found.status == "warn"
     assert f"max_model_len to {tokens // 8} at most" in found.advice
+
+
+def test_a_draft_model_needs_its_share_of_vllms_kv_cache(tmp_path: Path) -> None:
+    _llama(tmp_path / "models" / "smollm2-135m")
+    model = ModelConfig(id="m", source="smollm2-135m")
+    room = 8192 * 2 * 30 * 3 * 64 * 4 / GIB
+    guessing = SpeculativeConfig(method="draft_model", model="smollm2-135m")
+    alone = EngineConfig(kind="vllm", kv_cache_gib=1.5 * room)
+    together = msgspec.structs.replace(alone, speculative=guessing)
+    ample = msgspec.structs.replace(together, kv_cache_gib=2.0 * room)
+    found = [
+        group_memory(GroupConfig(name="g", model="m", engine=e), model, tmp_path) for e in (alone, together, ample)
+    ]
+    assert [each.status for each in found] == ["ok", "fail", "ok"], "vLLM does not start with less"
+    assert f"max_model_len to {8192 * 3 // 4} at most" in found[1].advice
 
 
 def test_a_kv_cache_counts_as_far_as_its_sequences_can_use_it(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from replicas.contract import EngineError
 from replicas.vllm import child
 from replicas.vllm.versions import PLUGIN, PLUGINS
 from tests.replicas.vllm.conftest import NEEDED
@@ -120,3 +121,36 @@ def test_a_killed_replica_leaves_no_engine_core_behind(smollm2: Path, tmp_path: 
         replica.send_signal(signal.SIGKILL)
         replica.wait()
         assert ended(pids, 10.0), [psutil.Process(pid).cmdline() for pid in pids if is_alive(pid)]
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (ValueError("no room\nfor it"), "ValueError: no room"),
+        (RuntimeError("Traceback (most recent call last):\n  File x\nValueError: too large"), "ValueError: too large"),
+    ],
+)
+def test_the_first_failure_of_a_process_below_is_kept_in_a_line(raised: Exception, told: str, tmp_path: Path) -> None:
+    script = (
+        "import logging, sys; from replicas.vllm import child; child.watch()\n"
+        f"for error in ({raised!r}, OSError('later')):\n"
+        "    try: raise error\n"
+        "    except Exception: logging.getLogger('vllm.v1.engine.core').exception('did not start')\n"
+    )
+    assert child.why(tmp_path) == ""
+    environment = {**os.environ, child.VARIABLE: child.mark(), child.FOLDER: str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True, timeout=60)
+    assert child.why(tmp_path) == told
+
+
+@NEEDED
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.model
+@pytest.mark.filterwarnings("ignore")
+def test_why_vllm_does_not_start_is_told(smollm2: Path) -> None:
+    from replicas.vllm.launch import Wanted, launch
+    from tests.replicas.vllm.vllm_kit import config
+
+    with pytest.raises(EngineError, match=r"vLLM did not start: ValueError: .*KV cache"):
+        launch(Wanted(smollm2, config(self_check=False, kv_cache_gib=0.1, max_model_len=8192), "m"))
