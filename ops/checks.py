@@ -17,7 +17,8 @@ from configs.catalogue import SIM_BYTES
 from configs.check import LOOPBACK
 from configs.errors import ConfigError
 from configs.runtime import run_dir_for
-from configs.tokenizer import load_model_files
+from configs.schema import Config
+from configs.tokenizer import find_model, load_model_files
 from ops.doctor import Check, Finding, Patient
 from ops.gpu_memory import Card, group_on_card, needs_gpu
 from ops.instance import find_instance
@@ -129,6 +130,18 @@ def model_files(patient: Patient) -> Iterator[Finding]:
             yield Finding(name, "ok", f"{files.path}, checksums right")
         if files.chat_template is None:
             yield Finding(name, "warn", "has no chat template", "/v1/chat/completions will refuse this model")
+    for source in _drafters(patient.profile.config):
+        try:
+            find_model(source, patient.home)
+        except ConfigError as error:
+            yield Finding(f"draft model {source}", "fail", error.reason)
+
+
+def _drafters(config: Config) -> list[str]:
+    """Models that only guess for others."""
+    guessing = [group.engine.speculative for group in config.groups]
+    sources = {each.model for each in guessing if each is not None and each.method == "draft_model" and each.model}
+    return sorted(sources - {model.source for model in config.models})
 
 
 def block_sizes(patient: Patient) -> Iterator[Finding]:

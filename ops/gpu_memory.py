@@ -66,7 +66,7 @@ def plan(group: GroupConfig, shape: ModelShape, card: Card, drafter: ModelShape 
     dtype = "bfloat16" if engine.dtype == "auto" and shape.dtype not in ("float16", "bfloat16") else engine.dtype
     weights = shape.weights_in(dtype, engine.quantization) // devices
     weights += shape.lora_bytes(engine, dtype) // devices if engine.max_adapters else 0
-    weights += drafter.weights_in(dtype) // devices if drafter else 0
+    weights += drafter.weights_in(dtype) // tensor if drafter else 0  # in one stage of a pipeline
     batch = engine.max_num_batched_tokens * (2 * shape.intermediate_size // tensor + 4 * shape.hidden_size) * 2
     logits = 3 * engine.max_num_seqs * shape.vocab_size * 4
     eager = engine.vllm.enforce_eager if engine.kind == "vllm" else False
@@ -76,9 +76,11 @@ def plan(group: GroupConfig, shape: ModelShape, card: Card, drafter: ModelShape 
     activations = batch + logits + WORKSPACE_BYTES
     room = budget - weights - activations - graphs
     a_token = shape.kv_bytes_per_token(dtype, engine.kv_cache_dtype)
-    a_token += drafter.kv_bytes_per_token(dtype, engine.kv_cache_dtype) if drafter else 0
     heads_split = min(tensor, shape.num_kv_heads)  # more cards than KV heads hold copies
-    return GpuPlan(weights, activations, graphs, room, max(1, a_token // heads_split // pipeline))
+    on_card = a_token // heads_split // pipeline
+    if drafter:
+        on_card += drafter.kv_bytes_per_token(dtype, engine.kv_cache_dtype) // min(tensor, drafter.num_kv_heads)
+    return GpuPlan(weights, activations, graphs, room, max(1, on_card))
 
 
 def group_on_card(group: GroupConfig, model: ModelConfig, home: Path, card: Card) -> Estimate:

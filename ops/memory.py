@@ -189,7 +189,9 @@ def _resolved_dtype(group: GroupConfig) -> str:
 
 
 def _is_on_cpu(group: GroupConfig) -> bool:
-    return group.engine.device == "cpu" or (group.engine.device == "auto" and group.resources.num_gpus == 0)
+    split = group.engine.vllm.tensor_parallel_size * group.engine.vllm.pipeline_parallel_size > 1
+    has_card = group.resources.num_gpus > 0 or split  # a bundle with a card for each part of a split model
+    return group.engine.device == "cpu" or (group.engine.device == "auto" and not has_card)
 
 
 def _longest(engine: EngineConfig, shape: ModelShape) -> int:

@@ -130,7 +130,8 @@ class Announcement:
             except StoreError as error:
                 log.debug("could not announce %s: %s", self.member.replica_id, error)
             # A later start of the same replica speaks more often than this one does beside it, so it is heard.
-            await self._store.beat(self._options.ttl_s / 2 if later else self._options.announce_s)
+            often = self._options.announce_s
+            await self._store.beat(max(self._options.ttl_s / 2, 2 * often) if later else often)
 
     async def _say(self, word: Member | Withdrawn) -> bool:
         """Returns whether a word of a later epoch stood there."""

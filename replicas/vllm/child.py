@@ -48,7 +48,7 @@ def watch() -> None:
 def why(folder: Path) -> str:
     """The first exception that one of vLLM's processes has logged, in a line; empty where none has."""
     with contextlib.suppress(OSError):
-        return (folder / _WHY).read_text()
+        return (folder / _WHY).read_bytes().decode(errors="replace")
     return ""
 
 
@@ -61,13 +61,16 @@ class _FirstFailure(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
-        if error is None:
-            return
+        if error is not None:
+            with contextlib.suppress(Exception):  # vLLM goes on to say that it is dead: nothing may come between
+                self._keep(error)
+
+    def _keep(self, error: BaseException) -> None:
         text = str(error)
         lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
         said = lines[-1] if lines[0].startswith("Traceback") else f"{type(error).__name__}: {lines[0]}"
-        with contextlib.suppress(OSError), self._path.open("x") as file:
-            file.write(said[:500])
+        with self._path.open("xb") as file:
+            file.write(said[:500].encode(errors="replace"))
 
 
 def _until_gone(pid: int, started: str) -> None:

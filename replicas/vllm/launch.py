@@ -39,6 +39,7 @@ _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else every replica pins itself to the same cores
     "VLLM_PLUGINS": "warmgate",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked process does not call plugins again
 }
 _DEFAULT_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENGINE_READY_TIMEOUT_S": "900"}
 

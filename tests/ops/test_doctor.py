@@ -17,7 +17,7 @@ from rich.console import Console
 
 from configs.errors import ConfigError
 from configs.load import load_profile, setting
-from configs.schema import Config, EngineConfig, GroupConfig, ModelConfig, SpeculativeConfig, TenantConfig
+from configs.schema import Config, EngineConfig, GroupConfig, ModelConfig, SpeculativeConfig, TenantConfig, VllmConfig
 from ops import checks
 from ops.doctor import Finding, Patient, diagnose, render, to_json, worst
 from ops.memory import BASE_BYTES, GIB, ModelShape, beyond_memory, group_memory
@@ -229,6 +229,8 @@ def test_a_draft_model_needs_its_share_of_vllms_kv_cache(tmp_path: Path) -> None
     ]
     assert [each.status for each in found] == ["ok", "fail", "ok"], "vLLM does not start with less"
     assert f"max_model_len to {8192 * 3 // 4} at most" in found[1].advice
+    split = msgspec.structs.replace(together, vllm=VllmConfig(tensor_parallel_size=2))
+    assert group_memory(GroupConfig(name="g", model="m", engine=split), model, tmp_path).status == "warn", "on cards"
 
 
 def test_a_kv_cache_counts_as_far_as_its_sequences_can_use_it(tmp_path: Path) -> None:

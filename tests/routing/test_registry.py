@@ -256,6 +256,25 @@ async def test_a_late_word_of_an_older_epoch_counts_for_nothing(fleet: Fleet) ->
     await until(lambda: not watch.members)
 
 
+async def test_an_older_start_notices_the_later_ones_word_and_speaks_less_often(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = (Announcement(fleet.store(), member("a", epoch=epoch), Load, QUICK) for epoch in (1, 2))
+    assert not await old._say(old.member)
+    assert not await new._say(new.member), "an older word is nothing to mind"
+    pauses: list[float] = []
+
+    async def beat(store: Store, period_s: float) -> None:
+        pauses.append(period_s)
+        await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(Store, "beat", beat)
+    old.start()
+    await until(lambda: len(pauses) >= 3)
+    assert pauses[:3] == [QUICK.ttl_s / 2, QUICK.announce_s, QUICK.announce_s], "as long as the later one speaks"
+    await old.withdraw()
+
+
 async def test_a_failing_callback_does_not_end_the_watch(fleet: Fleet) -> None:
     watch = fleet.watch()
     seen: list[int] = []
