@@ -136,8 +136,8 @@ async def test_a_broken_new_version_leaves_the_old_one_served_even_after_it_left
     assert await says(stack, "x") == world.says("a"), "from its copy"
     assert "x" in (await status(stack)).failed
     put(world, "b", folder / "x")
-    found = await eventually(stack, lambda found: found["x"]["version"] != "1")
-    assert found["x"]["last_failure"] is None and await says(stack, "x") == world.says("b")
+    await eventually(stack, lambda found: found["x"]["version"] != "1" and found["x"]["last_failure"] is None)
+    assert await says(stack, "x") == world.says("b")
 
 
 async def test_what_cannot_be_an_adapter_is_noted_and_harms_nobody(stack: Stack, world: World, folder: Path) -> None:
