@@ -61,7 +61,7 @@ def put(world: World, adapter: str, to: Path) -> None:
     shutil.copytree(world.adapters[adapter].path, to, dirs_exist_ok=True)
 
 
-async def eventually(stack: Stack, holds: Callable[[dict[str, Any]], bool], seconds: float = 10.0) -> dict[str, Any]:
+async def eventually(stack: Stack, holds: Callable[[dict[str, Any]], bool], seconds: float = 30.0) -> dict[str, Any]:
     """The adapters, once they are so."""
     found: dict[str, Any] = {}
     for _ in range(round(seconds / 0.05)):
