@@ -50,9 +50,6 @@ MAX_PARTED = 0.2
 STRENGTH = 0.5
 """Standard deviation of the adapters' second matrices: enough that no two of them answer alike."""
 
-CHANCE = 2
-"""Tokens that an answer which rounding has turned may share with another adapter's by chance."""
-
 _LOOKS = 300
 
 
@@ -195,15 +192,17 @@ class FleetSide:
         return first
 
     def _check(self, adapter: int, prompt: int, tokens: Sequence[int]) -> None:
-        """Engines may part from what the adapter says alone where two tokens are nearly as likely; never to go on as
-        another adapter would."""
+        """Engines may part from what the adapter says alone where two tokens are nearly as likely; never towards
+        another adapter's answer."""
         self.num_answers += 1
         own = _alike(tokens, self.alone[adapter, prompt])
         if own == len(tokens):
             return
         self.num_parted += 1
+        if not own:
+            raise BenchError(f"{self.name}: adapter {adapter} was answered as nobody would: {tokens}")
         for (other, asked), said in self.alone.items():
-            if asked == prompt and other != adapter and _alike(tokens, said) > own + CHANCE:
+            if asked == prompt and other != adapter and _alike(tokens, said) > own:
                 raise BenchError(f"{self.name}: adapter {adapter} was answered as {other} would: {tokens}")
 
 
