@@ -198,7 +198,7 @@ async def compose(config: Config, runtime: Runtime, random: Random | None = None
         gateway,
         fleet,
         admission,
-        MemberWatch(store, reachable=fleet.is_linked),
+        MemberWatch(store, connected=fleet.start_linked),
         store,
         kv_registry,
         adapters,
@@ -236,10 +236,11 @@ def _source_tools(admin: AdapterAdmin, watch: AdapterWatch, store: Store, own: t
 
 
 def kv_sources(config: Config, fleet: Fleet) -> Iterator[KvSource]:
-    """The connected replicas that publish what they hold."""
+    """The connected replicas that publish what they hold; not one whose last word, which says where, was of another
+    start than the one that the link leads to."""
     for member, link in fleet.links():
         model = config.model_named(member.model)
-        if model is not None and link.facts.events:
+        if model is not None and link.facts.events and link.start_id == member.start_id:
             yield KvSource(member.replica_id, member.epoch, model.route_block_tokens, link.stats.kv_seq)
 
 

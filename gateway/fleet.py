@@ -28,9 +28,6 @@ from routing.types import ReplicaState
 logger = logging.getLogger("warmgate.fleet")
 
 FIRST_BACKOFF_S = 0.05
-FIRST_WORD_S = 5.0
-"""A replica that listens again is announced within this time."""
-
 MAX_BACKOFF_S = 2.0
 
 
@@ -89,10 +86,10 @@ class Fleet:
         slot = self._slots.get(replica_id)
         return slot is not None and slot.ready
 
-    def is_linked(self, replica_id: str) -> bool:
-        """Whether there is a live connection to this replica."""
+    def start_linked(self, replica_id: str) -> str | None:
+        """The `start_id` that the live connection to this replica leads to; None where there is none."""
         slot = self._slots.get(replica_id)
-        return slot is not None and slot.link is not None
+        return None if slot is None or slot.link is None else slot.link.start_id
 
     def links(self) -> list[tuple[Member, Link]]:
         """Every member that is connected, with its link."""
@@ -138,8 +135,8 @@ class Fleet:
     def set_members(self, members: Mapping[str, Member]) -> None:
         """The live members of this cluster; a replica that is new, or at another place than before, is connected to.
 
-        One that started anew at the same place keeps a link that was made lately, when the one before was lost: it
-        leads to the new one, perhaps with requests on it.
+        One that started anew at the same place keeps the link where that has found it already, perhaps with requests
+        on it.
         """
         for replica_id in self._members.keys() - members.keys():
             self._leave(replica_id)
@@ -229,13 +226,11 @@ class Fleet:
 
     def _is_same_place(self, known: Member, member: Member) -> bool:
         """Whether the link to a known member is one to what it says now."""
-        if known.epoch == member.epoch:
-            return known.endpoint == member.endpoint
-        slot = self._slots[member.replica_id]
-        if slot.link is None or slot.made_anew_at is None or self._around.clock() - slot.made_anew_at > FIRST_WORD_S:
+        if (known.endpoint, known.model) != (member.endpoint, member.model):
             return False
-        slot.made_anew_at = None
-        return (known.endpoint, known.model) == (member.endpoint, member.model)
+        if (known.epoch, known.start_id) == (member.epoch, member.start_id):
+            return True
+        return bool(member.start_id) and self.start_linked(member.replica_id) == member.start_id
 
     def _leave(self, replica_id: str) -> None:
         """It is no member any more: nothing new goes there; what runs there may end."""

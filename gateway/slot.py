@@ -48,6 +48,11 @@ class Link(Protocol):
     def replica_id(self) -> str: ...
 
     @property
+    def start_id(self) -> str:
+        """Which start of the replica it leads to, as `routing.registry.Member` has it."""
+        ...
+
+    @property
     def facts(self) -> EngineFacts: ...
 
     @property
@@ -125,19 +130,16 @@ class _Belief:
 
 
 class Slot:
-    """A replica's place in the fleet. `link` is None while it cannot be reached; `leaving` once it is no member;
-    `made_anew_at`: when its link was made, if another was lost before it."""
+    """A replica's place in the fleet. `link` is None while it cannot be reached; `leaving` once it is no member."""
 
     def __init__(self, replica_id: str, model_id: str, max_ahead: int, clock: Callable[[], float]) -> None:
         self.replica_id = replica_id
         self.model_id = model_id
         self.link: Link | None = None
         self.leaving = False
-        self.made_anew_at: float | None = None
         self.breaker = Breaker(clock)
         self.num_in_flight = 0
         self._max_ahead = max_ahead
-        self._was_lost = False
         self._clock = clock
         self._num_pushes = 0
         self._sent: deque[Sent] = deque()
@@ -186,7 +188,6 @@ class Slot:
     def connected(self, link: Link) -> None:
         """A new connection: nothing sent over an older one counts."""
         self.link = link
-        self.made_anew_at = self._clock() if self._was_lost else None
         while self._sent:
             self.arrived(self._sent.popleft())
         self._asked.clear()
@@ -194,7 +195,6 @@ class Slot:
 
     def disconnected(self) -> None:
         self.link, self._believed = None, None
-        self._was_lost = True
         self.changed()
 
     def changed(self) -> None:

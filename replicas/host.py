@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import logging
 import os
 import socket
 import time
@@ -36,6 +37,8 @@ from routing.adapters import declared
 from routing.epochs import next_epoch
 from routing.registry import Announcement, Load, Member
 from routing.store import Store, StoreError, StoreOptions
+
+log = logging.getLogger(__name__)
 
 EngineBuilder: TypeAlias = Callable[[ModelFiles, EngineConfig, str], Engine]
 """(files, config, model id) → an engine without text, not yet started. Runs outside the event loop."""
@@ -85,6 +88,10 @@ def build_engine(files: ModelFiles, config: EngineConfig, model_id: str) -> Engi
     return _BUILDERS[config.kind](files, config, model_id)
 
 
+JOIN_S = 0.5
+"""How often a replica tries to join while Redis is away; so long a start waits for it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostOptions:
     """`wall_clock`: Unix seconds, for the journal and the epoch."""
@@ -111,6 +118,7 @@ class ReplicaHost:
         self._options = options or HostOptions()
         self._store = Store(runtime.redis_url, config.cluster, StoreOptions(timeout_s=config.redis.timeout_s))
         self._server: ChannelServer | None = None
+        self._joining: asyncio.Task[None] | None = None
         self._announcement: Announcement | None = None
         self._publisher: KvPublisher | None = None
         self._catalogue = AdapterWatch(self._store, declared(config.adapters))
@@ -128,18 +136,31 @@ class ReplicaHost:
             self._catalogue.on_change = adapters.drop_outdated
             facts = await server.start([self.endpoint])
             self._started_at = self._options.wall_clock()
-            self._epoch = await next_epoch(self._store, self.replica_id, self._started_at)
+            if facts.max_adapters:
+                await self._fetch_pinned(adapters)
+                self._catalogue.start()
+            self._joining = asyncio.create_task(self._join(engine, facts), name=f"join as {self.replica_id}")
+            with contextlib.suppress(TimeoutError):  # Redis is away: it goes on trying
+                await asyncio.wait_for(asyncio.shield(self._joining), JOIN_S)
         except BaseException:
             await self.close()
             raise
-        if facts.max_adapters:
-            await self._fetch_pinned(adapters)
-            self._catalogue.start()
+        return facts
+
+    async def _join(self, engine: Engine, facts: EngineFacts) -> None:
+        """Speaks to the ingresses, from when Redis has told what earlier starts left there: only then is this one's
+        epoch sure to be later."""
+        while True:
+            try:
+                self._epoch = await next_epoch(self._store, self.replica_id, self._started_at)
+                break
+            except StoreError as error:
+                log.debug("%s cannot announce itself yet: %s", self.replica_id, error)
+                await self._store.beat(JOIN_S)
         if facts.events:
             self._publisher = self._publish(engine, facts)
         self._announcement = Announcement(self._store, self._member(facts), self._load_now)
         self._announcement.start()
-        return facts
 
     async def _fetch_pinned(self, adapters: AdapterEngine) -> None:
         """Begins to load what is to be kept anyway."""
@@ -179,6 +200,9 @@ class ReplicaHost:
             await self._store.close()
 
     async def _withdraw(self) -> None:
+        if self._joining is not None:
+            self._joining.cancel()
+            await asyncio.wait([self._joining])
         if self._announcement is not None:
             await self._announcement.withdraw()
 
@@ -245,7 +269,7 @@ class ReplicaHost:
 
     def _member(self, facts: EngineFacts) -> Member:
         model = self._config.model_named(self._group.model)
-        assert model is not None, "_load has looked"
+        assert model is not None and self._server is not None, "_load has looked"
         return Member(
             replica_id=self.replica_id,
             group=self._group.name,
@@ -256,6 +280,7 @@ class ReplicaHost:
             pid=os.getpid(),
             started_at=self._started_at,
             engine=facts.engine,
+            start_id=self._server.start_id,
         )
 
 

@@ -6,7 +6,7 @@ import contextlib
 
 from routing.kv_events import KvKeys, parse_entry_id
 from routing.registry import read_word
-from routing.store import Reply, Store, StoreError
+from routing.store import Reply, Store
 
 MAX_EPOCH = 1 << 62
 """What claims to be later is no word of a replica's, and would leave no room for the next start."""
@@ -16,14 +16,12 @@ async def next_epoch(store: Store, replica_id: str, now: float) -> int:
     """`now` (Unix seconds) in microseconds, or one more than what Redis still holds of an earlier start.
 
     A clock may be set back between two starts, and the one before may have left without a word: its stream would then
-    pass for the new one's. While Redis cannot be asked, the clock alone decides; never raises for Redis.
+    pass for the new one's. Raises StoreUnavailableError.
     """
     member, keys = store.keys("member", replica_id), KvKeys(store.keys, replica_id)
-    found: list[int] = []
-    with contextlib.suppress(StoreError):
-        word, last = await store.pipeline([("GET", member), ("XREVRANGE", keys.stream, "+", "-", "COUNT", 1)])
-        told = read_word(store, member, word)
-        found = ([] if told is None else [told.epoch]) + _of_entries(last)
+    word, last = await store.pipeline([("GET", member), ("XREVRANGE", keys.stream, "+", "-", "COUNT", 1)])
+    told = read_word(store, member, word)
+    found = ([] if told is None else [told.epoch]) + _of_entries(last)
     return max([int(now * 1e6), *(epoch + 1 for epoch in found if epoch < MAX_EPOCH)])
 
 

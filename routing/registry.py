@@ -33,6 +33,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True, tag="member", tag_field=
     """A replica that can take requests.
 
     `epoch` grows with each start of the same `replica_id`, so that a late word of the one before counts for nothing.
+    `start_id` is random, and told over the replica's own connections too: who is connected knows whose word this is.
     `endpoint`: unix:///path, usable on `host_id` alone, or tcp://host:port. `started_at`: Unix seconds.
     """
 
@@ -45,6 +46,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True, tag="member", tag_field=
     pid: int
     started_at: float
     engine: str = ""
+    start_id: str = ""
 
 
 class Withdrawn(msgspec.Struct, frozen=True, kw_only=True, tag="withdrawn", tag_field="kind"):
@@ -162,18 +164,19 @@ class MemberWatch:
     """An ingress's copy of the member set, kept fresh by a task of its own; reading it never waits.
 
     While Redis cannot be asked, the last known set stays; so does a member that only Redis has lost (it refuses writes,
-    say) while `reachable` says that somebody is connected to it. Callbacks run on the event loop, once per change.
+    say) while somebody is connected to it: `connected` gives the `start_id` of the process at the other end, None where
+    there is no connection. Callbacks run on the event loop, once per change.
     """
 
     def __init__(
         self,
         store: Store,
         options: RegistryOptions | None = None,
-        reachable: Callable[[str], bool] = lambda replica_id: False,
+        connected: Callable[[str], str | None] = lambda replica_id: None,
     ) -> None:
         self._store = store
         self._options = options or RegistryOptions()
-        self._reachable = reachable
+        self._connected = connected
         self._index = store.keys("members")
         self._members: Members = MappingProxyType({})
         self._missing_since: dict[str, float] = {}
@@ -258,14 +261,20 @@ class MemberWatch:
         known = self._members.get(replica_id)
         if word is None:
             return self._linger(replica_id, known)
+        heard = word if isinstance(word, Member) else None
+        if known is not None and word.epoch < known.epoch and not self._leads_to(heard):
+            # A late word of an earlier start. Or the clock was set back and Redis emptied: then nothing else is heard.
+            return self._linger(replica_id, known) or heard
         self._missing_since.pop(replica_id, None)
-        if known is not None and word.epoch < known.epoch:
-            return known
-        return word if isinstance(word, Member) else None
+        return heard
+
+    def _leads_to(self, member: Member | None) -> bool:
+        """Whether somebody is connected to the very process that speaks."""
+        return member is not None and member.start_id != "" and self._connected(member.replica_id) == member.start_id
 
     def _linger(self, replica_id: str, known: Member | None) -> Member | None:
         now = self._options.clock()
-        if known is not None and self._reachable(replica_id):
+        if known is not None and self._connected(replica_id) is not None:
             return known
         if known is not None and now - self._missing_since.setdefault(replica_id, now) < self._options.ttl_s:
             return known

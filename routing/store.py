@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from random import random
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
@@ -33,6 +33,9 @@ Reply: TypeAlias = Any
 """What RESP2 gives: bytes, int, None, or lists and sets of them."""
 
 MAX_NOTED_VALUES = 1000
+
+_PARTS = 4
+"""A timeout passes in so many parts."""
 
 _SOON_S = 0.002
 """A beat that near is the present one: timers of uvloop's fire up to half a millisecond early."""
@@ -67,8 +70,9 @@ class Keys:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreOptions:
-    """`timeout_s` bounds a round trip; a call takes two at most, the one under way and its own. The breaker opens after
-    `max_failures` in a row, and tries again with one every `open_s`."""
+    """`timeout_s` bounds a round trip, of time in which this process could have read the answer; a call takes two at
+    most, the one under way and its own. The breaker opens after `max_failures` in a row, and tries again with one every
+    `open_s`."""
 
     timeout_s: float = 0.25
     max_failures: int = 3
@@ -244,7 +248,7 @@ class Store:
     async def _attempt(self, commands: Sequence[Command]) -> list[Reply]:
         self.num_round_trips += 1
         try:
-            async with asyncio.timeout(self.options.timeout_s):
+            async with _patience(self.options.timeout_s):
                 pipe = self._redis.pipeline(transaction=False)
                 for command in commands:
                     pipe.execute_command(*command)
@@ -257,6 +261,35 @@ class Store:
                 self.num_failures += 1  # loading its data, or out of connections
                 raise StoreUnavailableError(f"Redis: {reply}")
         return [StoreReplyError(str(reply)) if isinstance(reply, RedisError) else reply for reply in replies]
+
+
+@contextlib.asynccontextmanager
+async def _patience(seconds: float) -> AsyncIterator[None]:
+    """`asyncio.timeout` that does not take a stall of this process for one of the other side.
+
+    Whatever holds the event loop up (a long callback, a collection, a starved machine) counts for a part at most, and
+    after each part the sockets are read before the next one ends.
+    """
+    loop = asyncio.get_running_loop()
+    num_left = _PARTS
+    timer: asyncio.TimerHandle | None = None
+
+    async with asyncio.timeout(None) as limit:
+
+        def next_part() -> None:
+            nonlocal num_left, timer
+            if num_left:
+                num_left -= 1
+                timer = loop.call_later(seconds / _PARTS, next_part)
+            else:
+                limit.reschedule(loop.time())
+
+        next_part()
+        try:
+            yield
+        finally:
+            if timer is not None:
+                timer.cancel()
 
 
 def _check(command: Command) -> None:

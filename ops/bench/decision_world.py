@@ -102,6 +102,7 @@ class PushingLink:
     num_opened: int = 0
     num_counted: int | None = None
     turn: int = 0
+    start_id: str = ""
     _num_pushes: int = 0
     _source: DeltaSource = field(default_factory=_Unheard)
 

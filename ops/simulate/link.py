@@ -44,6 +44,7 @@ class SimLink:
 
     def __init__(self, replica_id: str, replica: SimReplica, delay_s: float, clock: Callable[[], float]) -> None:
         self.replica_id = replica_id
+        self.start_id = ""
         self.facts = facts_of(replica)
         self.stats = EngineStats(
             num_free_blocks=self.facts.num_blocks, num_blocks=self.facts.num_blocks, prefill_tokens_per_s=0.0

@@ -147,7 +147,8 @@ class DeltaStream(AsyncIterator[StepDelta]):
 class ReplicaLink:
     """An authenticated connection to one replica, shared by all of an ingress's requests to it.
 
-    `stats` is the replica's load as last pushed, `stats_at` when it came (seconds of `options.clock`). Of the
+    `start_id`: which start of the replica it leads to. `stats` is its load as last pushed, `stats_at` when it came
+    (seconds of `options.clock`). Of the
     `num_opened` requests sent the first `num_counted` are in it; None for a replica that does not say. `turn`: how many
     other ingresses may use first what it wants.
     """
@@ -156,6 +157,7 @@ class ReplicaLink:
         """For `connect` only."""
         self.replica_id = welcome.replica_id
         self.facts: EngineFacts = welcome.facts
+        self.start_id = welcome.start_id
         self.stats: EngineStats = welcome.stats
         self.stats_at = options.clock()
         self.options = options

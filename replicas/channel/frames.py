@@ -56,12 +56,14 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=2):
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=3):
-    """The replica proves the same, and says what its engine is."""
+    """The replica proves the same, and says what its engine is, and which start of the replica this is
+    (`routing.registry.Member.start_id`; empty: it does not say)."""
 
     replica_id: PeerId
     proof: bytes
     facts: EngineFacts
     stats: EngineStats
+    start_id: str = ""
 
 
 class Refusal(msgspec.Struct, frozen=True, array_like=True, tag=4):

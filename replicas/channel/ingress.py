@@ -62,6 +62,9 @@ class Host(Protocol):
     @property
     def facts(self) -> EngineFacts: ...
 
+    @property
+    def start_id(self) -> str: ...
+
     def stats(self) -> EngineStats: ...
 
     def turn(self, connection: IngressConnection) -> int:
@@ -129,7 +132,7 @@ class IngressConnection(FrameProtocol):
         self.ingress_id = hello.ingress_id
         self.max_frame_bytes = min(self.options.max_frame_bytes, MAX_FRAME_BYTES)
         ours = Transcript("replica", self._nonce, hello.nonce, host.replica_id)
-        self.send(Welcome(host.replica_id, ours.proof(host.secret), host.facts, host.stats()))
+        self.send(Welcome(host.replica_id, ours.proof(host.secret), host.facts, host.stats(), host.start_id))
         self._cancel_deadline()
         self.start_heartbeats()
         host.welcomed(self)

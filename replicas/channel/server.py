@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -69,6 +70,7 @@ class ChannelServer:
             raise ValueError("the cluster secret is empty")
         self.replica_id = replica_id
         self.secret = secret
+        self.start_id = secrets.token_hex(8)
         self.options = options or ServerOptions()
         self.endpoints: tuple[str, ...] = ()
         self.draining = False

@@ -88,10 +88,11 @@ class Cluster:
         return block_hashes(pack_tokens(list(prompt.encode())), BLOCK_TOKENS, namespace)
 
     async def ingress(self) -> ComposedGateway:
-        """An ingress more, among `ingresses` once it has started."""
+        """An ingress more, among `ingresses` once it has started and knows the replicas."""
         composed = await compose(CONFIG, self.runtime)
         try:
-            await composed.start()
+            await composed.start()  # which does not wait for a Redis that hesitates
+            await until(lambda: composed.fleet.num_ready("m") == len(self.hosts), 10.0)
         except BaseException:
             await composed.close()
             raise
@@ -124,7 +125,9 @@ class Cluster:
             index = ingress.fleet.index
             for host in self.hosts:
                 publisher = host._publisher
-                assert publisher is not None and host._server is not None
+                assert host._server is not None
+                if publisher is None:
+                    return False  # Redis has not told it yet what was before it
                 held = publisher.blocks.held
                 if publisher.blocks.kv_seq < host._server.stats().kv_seq:
                     return False  # it has not looked itself

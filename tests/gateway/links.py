@@ -35,7 +35,7 @@ STATS = EngineStats(num_free_blocks=256, num_blocks=256, prefill_tokens_per_s=10
 def member(replica_id: str, model: str = "m", epoch: int = 1) -> Member:
     return Member(
         replica_id=replica_id, group="g", model=model, endpoint=f"unix:///{replica_id}", epoch=epoch, host_id="h",
-        pid=1, started_at=0.0,
+        pid=1, started_at=0.0, start_id=f"{replica_id}-{epoch}",
     )  # fmt: skip
 
 
@@ -103,8 +103,9 @@ class ScriptedSource(AsyncIterator[StepDelta]):
 class ScriptedLink:
     """A connection to a scripted replica."""
 
-    def __init__(self, replica_id: str, events: LinkEvents, facts: EngineFacts) -> None:
+    def __init__(self, replica_id: str, events: LinkEvents, facts: EngineFacts, start_id: str = "") -> None:
         self.replica_id = replica_id
+        self.start_id = start_id
         self.facts = facts
         self.stats = STATS
         self.num_opened = 0
@@ -158,6 +159,7 @@ class World:
         around = Surroundings(self.clock, Random(1), self.metrics)
         self.links: dict[str, ScriptedLink] = {}
         self.facts: dict[str, EngineFacts] = {}
+        self.starts: dict[str, str] = {}  # who is really there, if not who was announced
         self.unreachable: set[str] = set()
         self.num_connects = 0
         self.fleet = Fleet(self.config, self._connect, PrefixIndex(10_000), around)
@@ -174,7 +176,8 @@ class World:
         if member.replica_id in self.unreachable:
             raise EndpointError(f"{member.replica_id} is unreachable")
         facts = self.facts.get(member.replica_id, FACTS)
-        self.links[member.replica_id] = ScriptedLink(member.replica_id, events, facts)
+        start_id = self.starts.get(member.replica_id, member.start_id)
+        self.links[member.replica_id] = ScriptedLink(member.replica_id, events, facts, start_id)
         return self.links[member.replica_id]
 
     async def members(self, *members: Member) -> None:

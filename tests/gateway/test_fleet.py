@@ -107,9 +107,10 @@ async def test_a_replica_started_anew_gets_a_new_link() -> None:
     await world.close()
 
 
-async def test_a_link_made_since_the_one_before_was_lost_outlives_the_new_one_s_first_word() -> None:
+async def test_a_link_that_leads_to_the_new_start_already_outlives_its_first_word() -> None:
     world = World()
     (old,) = await world.replicas("a")
+    world.starts["a"] = member("a", epoch=2).start_id
     old.lose()
     async with asyncio.timeout(2.0):
         while not world.fleet.num_ready("m"):  # noqa: ASYNC110 its backoff is a matter of real time
@@ -119,6 +120,7 @@ async def test_a_link_made_since_the_one_before_was_lost_outlives_the_new_one_s_
     placement = world.fleet.place("a", request(), 100)
     await world.members(member("a", epoch=2))
     assert not new.closed and world.fleet.links() == [(member("a", epoch=2), new)]
+    assert world.fleet.start_linked("a") == "a-2" and world.fleet.start_linked("b") is None
     placement.close()
     await world.members(member("a", epoch=3))
     assert new.closed, "it led to the second start"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -224,6 +225,28 @@ async def test_a_host_starts_and_serves_while_redis_is_down(runtime: Runtime, va
     await link.close()
     await host.drain()
     await host.close()
+
+
+async def test_a_host_joins_once_redis_has_told_what_was_there_before_it(
+    runtime: Runtime, ingress: Watching, valkey: Valkey
+) -> None:
+    before = ReplicaHost(CONFIG, GROUP, runtime, "r", HostOptions(wall_clock=lambda: 7.0))
+    await before.start()
+    await until(lambda: "r" in ingress.watch.members)
+    valkey.signal(signal.SIGSTOP)
+    await before.close()  # which Redis does not hear
+    host = ReplicaHost(CONFIG, GROUP, runtime, "r", HostOptions(wall_clock=lambda: 5.0))
+    await host.start()
+    try:
+        link = await ReplicaLink.connect(host.endpoint, SECRET, "ingress")
+        assert link.start_id != ingress.watch.members["r"].start_id
+        valkey.signal(signal.SIGCONT)
+        await until(lambda: ingress.watch.members["r"].start_id == link.start_id, 10.0)
+        assert ingress.watch.members["r"].epoch == 7_000_001
+        await link.close()
+    finally:
+        valkey.signal(signal.SIGCONT)
+        await host.close()
 
 
 async def test_a_host_that_cannot_load_raises_and_leaves_nothing(runtime: Runtime) -> None:

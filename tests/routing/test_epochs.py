@@ -10,7 +10,7 @@ import pytest
 from routing.epochs import MAX_EPOCH, next_epoch
 from routing.kv_events import KvKeys
 from routing.registry import Withdrawn
-from routing.store import Store
+from routing.store import Store, StoreUnavailableError
 from tests.routing.conftest import Valkey
 
 NOW = 1_000.0
@@ -55,6 +55,7 @@ async def test_what_makes_no_sense_leaves_it_to_the_clock(store: Store) -> None:
     assert await next_epoch(store, "r", NOW) == CLOCK
 
 
-async def test_without_redis_the_clock_decides(store: Store, valkey: Valkey) -> None:
+async def test_without_redis_there_is_none(store: Store, valkey: Valkey) -> None:
     valkey.kill()
-    assert await next_epoch(store, "r", NOW) == CLOCK
+    with pytest.raises(StoreUnavailableError):
+        await next_epoch(store, "r", NOW)

@@ -17,7 +17,7 @@ from tests.routing.conftest import Valkey
 QUICK = RegistryOptions(ttl_s=0.6, announce_s=0.1, poll_s=0.05)
 
 
-def member(replica_id: str, *, epoch: int = 1, endpoint: str = "unix:///run/r.sock") -> Member:
+def member(replica_id: str, *, epoch: int = 1, endpoint: str = "unix:///run/r.sock", start_id: str = "") -> Member:
     return Member(
         replica_id=replica_id,
         group="g",
@@ -28,6 +28,7 @@ def member(replica_id: str, *, epoch: int = 1, endpoint: str = "unix:///run/r.so
         pid=os.getpid(),
         started_at=1700000000.0,
         engine="sim",
+        start_id=start_id,
     )
 
 
@@ -256,6 +257,33 @@ async def test_a_late_word_of_an_older_epoch_counts_for_nothing(fleet: Fleet) ->
     await until(lambda: not watch.members)
 
 
+async def test_who_is_connected_to_a_start_believes_it_though_its_clock_was_set_back(fleet: Fleet) -> None:
+    connected: dict[str, str] = {}
+    watch = MemberWatch(fleet.store(), QUICK, connected.get)
+    fleet.watches.append(watch)
+    watch.start()
+    before = fleet.announce(member("a", epoch=7, start_id="before"))
+    await until(lambda: watch.members)
+    await fleet.vanish(before)
+    await fleet.store().execute("FLUSHALL")  # so nothing told the next start of an epoch that it must exceed
+    connected["a"] = "after"
+    fleet.announce(member("a", epoch=4, start_id="after"))
+    assert await until(lambda: watch.members["a"].start_id == "after") < QUICK.ttl_s, "known at once"
+
+
+async def test_who_is_connected_to_nothing_believes_an_older_epoch_once_the_later_one_is_silent(fleet: Fleet) -> None:
+    watch = fleet.watch()
+    before = fleet.announce(member("a", epoch=7, start_id="before"))
+    await until(lambda: watch.members)
+    after = fleet.announce(member("a", epoch=4, start_id="after"))
+    await asyncio.sleep(3 * QUICK.ttl_s)
+    assert watch.members["a"].start_id == "before", "both speak: the epoch decides"
+    await fleet.vanish(before)
+    assert await until(lambda: watch.members["a"].start_id == "after") > QUICK.ttl_s / 2
+    await after.withdraw()
+    await until(lambda: not watch.members)
+
+
 async def test_an_older_start_notices_the_later_ones_word_and_speaks_less_often(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,8 +349,8 @@ async def test_a_load_that_cannot_be_told_does_not_silence_the_member(fleet: Fle
 
 
 async def test_a_member_that_only_redis_lost_stays_while_somebody_is_connected_to_it(fleet: Fleet) -> None:
-    connected = {"a": True}
-    watch = MemberWatch(fleet.store(), QUICK, lambda replica_id: connected.get(replica_id, False))
+    connected = {"a": ""}
+    watch = MemberWatch(fleet.store(), QUICK, connected.get)
     fleet.watches.append(watch)
     watch.start()
     announcement = fleet.announce(member("a"))
@@ -335,7 +363,7 @@ async def test_a_member_that_only_redis_lost_stays_while_somebody_is_connected_t
 
 
 async def test_a_withdrawn_member_goes_though_somebody_is_still_connected_to_it(fleet: Fleet) -> None:
-    watch = MemberWatch(fleet.store(), QUICK, lambda replica_id: True)
+    watch = MemberWatch(fleet.store(), QUICK, lambda replica_id: "")
     fleet.watches.append(watch)
     watch.start()
     announcement = fleet.announce(member("a"))

@@ -10,8 +10,9 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -140,6 +141,28 @@ async def test_a_frozen_server_costs_its_timeout_a_few_times_and_then_nothing(va
     assert [await store.execute("INCRBY", "n", 1) for _ in range(3)] == [1, 2, 3]
     assert await store.execute("GET", "k") == b"mine"
     await store.close()
+
+
+async def _asks_and_stalls(url: str) -> bytes:
+    """Asks, and holds the event loop up for longer than an answer may take, three times."""
+    store = Store(url, "test", StoreOptions(timeout_s=0.1, max_failures=1))
+    await store.execute("SET", "k", "mine")
+    for _ in range(3):
+        asked = asyncio.create_task(store.execute("GET", "k"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # the store's own task has sent it
+        time.sleep(0.3)  # noqa: ASYNC251 just that is meant
+        found: bytes = await asked
+    assert store.num_failures == 0
+    await store.close()
+    return found
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_a_stall_of_this_process_is_none_of_redis(
+    valkey: Valkey, run: Callable[[Coroutine[Any, Any, bytes]], bytes]
+) -> None:
+    assert run(_asks_and_stalls(valkey.url)) == b"mine"
 
 
 async def test_a_server_that_answers_byte_by_byte_is_cut_off_in_time(tmp_path: Path) -> None:
