@@ -241,7 +241,8 @@ def kv_sources(config: Config, fleet: Fleet) -> Iterator[KvSource]:
     for member, link in fleet.links():
         model = config.model_named(member.model)
         if model is not None and link.facts.events and link.start_id == member.start_id:
-            yield KvSource(member.replica_id, member.epoch, model.route_block_tokens, link.stats.kv_seq)
+            kv_seq = link.stats.kv_seq
+            yield KvSource(member.replica_id, member.epoch, model.route_block_tokens, kv_seq, member.start_id)
 
 
 def _kv_options(config: Config, around: Surroundings) -> KvRegistryOptions:

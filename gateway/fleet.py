@@ -207,6 +207,9 @@ class Fleet:
         self._relaxation.start()
         self._members[replica_id] = member
         slot = self._slots.get(replica_id)
+        if slot is not None and slot.link is not None and slot.link.start_id != member.start_id:
+            self._remove_slot(slot)  # those that still run are another start's
+            slot = None
         if slot is not None:  # it had left, but its last requests are still running there
             slot.leaving = False
             self._index(slot)

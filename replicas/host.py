@@ -1,6 +1,6 @@
 """A replica, whole: engine with text, channel server, membership. What a Serve actor, or a test, runs.
 
-start   load ─► listen ─► announce            drain   withdraw ─► refuse, let the running ones end
+start   load ─► listen ─► join, once Redis answers        drain   withdraw ─► refuse, let the running ones end
 """
 
 from __future__ import annotations
@@ -123,11 +123,12 @@ class ReplicaHost:
         self._publisher: KvPublisher | None = None
         self._catalogue = AdapterWatch(self._store, declared(config.adapters))
         self._started_at = 0.0
-        self._epoch = 0
 
     async def start(self) -> EngineFacts:
-        """Loads, listens, announces. Raises ConfigError (model files), EngineError, EndpointError; then nothing is
-        left running."""
+        """Loads, listens, announces; while Redis cannot be asked, the last is yet to come.
+
+        Raises ConfigError (model files), EngineError, EndpointError; then nothing is left running.
+        """
         try:
             adapters, engine = await asyncio.to_thread(self._load)
             options = self._server_options(adapters)
@@ -139,27 +140,32 @@ class ReplicaHost:
             if facts.max_adapters:
                 await self._fetch_pinned(adapters)
                 self._catalogue.start()
-            self._joining = asyncio.create_task(self._join(engine, facts), name=f"join as {self.replica_id}")
-            with contextlib.suppress(TimeoutError):  # Redis is away: it goes on trying
-                await asyncio.wait_for(asyncio.shield(self._joining), JOIN_S)
+            if facts.events:
+                self._publisher = self._publish(engine, facts)
+            self._joining = asyncio.create_task(self._join(facts), name=f"join as {self.replica_id}")
+            await asyncio.wait([self._joining], timeout=JOIN_S)  # while Redis is away, it goes on trying
         except BaseException:
             await self.close()
             raise
         return facts
 
-    async def _join(self, engine: Engine, facts: EngineFacts) -> None:
+    async def _join(self, facts: EngineFacts) -> None:
         """Speaks to the ingresses, from when Redis has told what earlier starts left there: only then is this one's
         epoch sure to be later."""
-        while True:
+        epoch, tell = None, log.warning
+        while epoch is None:
             try:
-                self._epoch = await next_epoch(self._store, self.replica_id, self._started_at)
-                break
+                epoch = await next_epoch(self._store, self.replica_id, self._started_at)
             except StoreError as error:
-                log.debug("%s cannot announce itself yet: %s", self.replica_id, error)
+                tell("%s cannot announce itself yet: %s", self.replica_id, error)
+                tell = log.debug
                 await self._store.beat(JOIN_S)
-        if facts.events:
-            self._publisher = self._publish(engine, facts)
-        self._announcement = Announcement(self._store, self._member(facts), self._load_now)
+            except Exception:  # our bug, but it may pass, and unannounced this replica is of no use
+                log.exception("%s cannot announce itself yet", self.replica_id)
+                await self._store.beat(JOIN_S)
+        if self._publisher is not None:
+            self._publisher.begin(epoch)
+        self._announcement = Announcement(self._store, self._member(facts, epoch), self._load_now)
         self._announcement.start()
 
     async def _fetch_pinned(self, adapters: AdapterEngine) -> None:
@@ -258,16 +264,16 @@ class ReplicaHost:
         )
 
     def _publish(self, engine: Engine, facts: EngineFacts) -> KvPublisher:
-        """Begins to tell the ingresses what is in the prefix cache."""
+        """Begins to follow what is in the prefix cache, to tell the ingresses."""
         model = self._config.model_named(self._group.model)
         assert model is not None, "_load has looked"
         blocks = RouteBlocks(BlocksOptions(model.id, model.route_block_tokens, 2 * facts.num_blocks))
-        place = KvPlace(self.replica_id, self._epoch, model.route_block_tokens)
+        place = KvPlace(self.replica_id, model.route_block_tokens)
         publisher = KvPublisher(self._store, blocks, engine.kv_events, place)
         publisher.start()
         return publisher
 
-    def _member(self, facts: EngineFacts) -> Member:
+    def _member(self, facts: EngineFacts, epoch: int) -> Member:
         model = self._config.model_named(self._group.model)
         assert model is not None and self._server is not None, "_load has looked"
         return Member(
@@ -275,7 +281,7 @@ class ReplicaHost:
             group=self._group.name,
             model=model.id,
             endpoint=self.endpoint,
-            epoch=self._epoch,
+            epoch=epoch,
             host_id=socket.gethostname(),
             pid=os.getpid(),
             started_at=self._started_at,

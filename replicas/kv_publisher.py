@@ -58,10 +58,9 @@ class PublisherOptions:
 
 @dataclass(frozen=True, slots=True)
 class KvPlace:
-    """Whose events these are: `epoch` as in its `routing.registry.Member`, `block_tokens` of its model's routing."""
+    """Whose events these are: `block_tokens` of its model's routing."""
 
     replica_id: str
-    epoch: int
     block_tokens: int
     options: PublisherOptions = PublisherOptions()
 
@@ -81,7 +80,8 @@ _Beat: TypeAlias = tuple[Reply, Reply, Reply, Reply]
 
 
 class KvPublisher:
-    """Publishes for one start of one replica. `source` gives the engine's events since it was last called.
+    """Publishes for one start of one replica, once `begin` has said which. `source` gives the engine's events since it
+    was last called; it is called before that too, so that none pile up there.
 
     `num_entries`, `num_snapshots` and `num_resets` (times the stream began again) only grow.
     """
@@ -96,6 +96,7 @@ class KvPublisher:
         self._place = place
         self._options = place.options
         self._keys = KvKeys(store.keys, place.replica_id)
+        self._epoch: int | None = None
         self._number = 0
         self._kv_seq = 0
         self._unconfirmed: _Entry | None = None
@@ -109,12 +110,21 @@ class KvPublisher:
         self._task: asyncio.Task[None] | None = None
 
     @property
+    def epoch(self) -> int:
+        assert self._epoch is not None, "nothing is published before `begin`"
+        return self._epoch
+
+    @property
     def age_s(self) -> float | None:
         """Seconds since Redis last took a word; None when it never has."""
         return None if self._heard_at is None else self._options.clock() - self._heard_at
 
+    def begin(self, epoch: int) -> None:
+        """From now on it is known which start this is: `epoch` as in its `routing.registry.Member`."""
+        self._epoch = epoch
+
     def start(self) -> None:
-        """Begins to publish; returns at once. Call it once."""
+        """Begins to look after the engine's events; returns at once. Call it once."""
         assert self._task is None, f"{self._place.replica_id} publishes already"
         self._task = asyncio.create_task(self._keep(), name=f"publish the KV events of {self._place.replica_id}")
 
@@ -126,6 +136,8 @@ class KvPublisher:
         while not task.done():  # a library in between may swallow one cancellation
             task.cancel()
             await asyncio.wait([task], timeout=0.1)
+        if self._epoch is None:
+            return  # what is there is not ours
         with contextlib.suppress(StoreError):
             await self._store.execute("DEL", self._keys.stream, self._keys.snapshot, self._keys.wanted)
 
@@ -152,6 +164,9 @@ class KvPublisher:
         """One round: whatever the engine has to tell by now. Raises StoreError, then it is told later."""
         await self._collect()
         blocks = self.blocks
+        if self._epoch is None:
+            blocks.take_changes()  # the first word is a snapshot
+            return
         if blocks.cleared or len(blocks.changed) > max(4 * MIN_SNAPSHOT_CHANGES, len(blocks.held)):
             self._must_reset = True  # a snapshot says it shorter
         if self._must_reset:
@@ -194,11 +209,11 @@ class KvPublisher:
         stored = pack_hashes(block for block, is_held in changed.items() if is_held)
         evicted = pack_hashes(block for block, is_held in changed.items() if not is_held)
         number = self._number + 1
-        raw = encode_batch(KvBatch(stored, evicted, blocks.kv_seq, False, 0, blocks.gaps), self._place.epoch, number)
+        raw = encode_batch(KvBatch(stored, evicted, blocks.kv_seq, False, 0, blocks.gaps), self.epoch, number)
         return _Entry(number, raw, blocks.kv_seq, len(changed))
 
     def _append(self, entry: _Entry) -> Command:
-        where = entry_id(self._place.epoch, entry.number)
+        where = entry_id(self.epoch, entry.number)
         return ("XADD", self._keys.stream, "MAXLEN", self._options.max_entries, where, FIELD, entry.raw)
 
     def _settle(self, entry: _Entry, reply: Reply, beat: _Beat | None) -> None:
@@ -206,7 +221,7 @@ class KvPublisher:
         if isinstance(reply, StoreReplyError):
             if beat is None or not any(words in str(reply) for words in SPOILT):
                 return  # asked again, and then with a beat
-            ours = (entry_id(self._place.epoch, entry.number).encode(), {FIELD: entry.raw})
+            ours = (entry_id(self.epoch, entry.number).encode(), {FIELD: entry.raw})
             if isinstance(beat[0], StoreReplyError) or beat[0] != [ours]:  # else it had arrived the first time
                 logger.warning("the stream %s does not take entries: %s", self._keys.stream, reply)
                 self._must_reset = True
@@ -235,7 +250,7 @@ class KvPublisher:
     async def _answer(self, beat: _Beat) -> None:
         """Begins the stream again when it does not end as it should; looks whether a snapshot is called for."""
         last, _, has_snapshot, wanted = beat
-        here = entry_id(self._place.epoch, self._number).encode()
+        here = entry_id(self.epoch, self._number).encode()
         if isinstance(last, StoreReplyError) or [place for place, _ in last] != [here]:
             if self._unconfirmed is None:
                 logger.warning("the stream %s is not as it was left: beginning again", self._keys.stream)
@@ -257,7 +272,7 @@ class KvPublisher:
         """Writes what is held after the last entry, and takes the entries before the last snapshot out."""
         if self._unconfirmed is not None or self.blocks.changed:
             return  # it would say more than its number; the next round will do
-        before = entry_id(self._place.epoch, self._snapshot_number)
+        before = entry_id(self.epoch, self._snapshot_number)
         replies = await self._store.pipeline(
             [self._set_snapshot(self._number), ("XTRIM", self._keys.stream, "MINID", before)]
         )
@@ -268,7 +283,7 @@ class KvPublisher:
     def _set_snapshot(self, number: int) -> Command:
         blocks, place = self.blocks, self._place
         hashes = pack_hashes(blocks.held)
-        snapshot = KvSnapshot(place.epoch, number, blocks.kv_seq, place.block_tokens, hashes, 0, blocks.gaps)
+        snapshot = KvSnapshot(self.epoch, number, blocks.kv_seq, place.block_tokens, hashes, 0, blocks.gaps)
         raw = encode_snapshot(snapshot)
         return ("SET", self._keys.snapshot, raw, "PX", round(self._options.ttl_s * 1000))
 
@@ -279,7 +294,7 @@ class KvPublisher:
         self.blocks.take_changes()
         self._unconfirmed = None
         kv_seq = self.blocks.kv_seq
-        raw = encode_batch(KvBatch(b"", b"", kv_seq, True, 0), self._place.epoch, number)
+        raw = encode_batch(KvBatch(b"", b"", kv_seq, True, 0), self.epoch, number)
         replies = await self._store.pipeline(
             [
                 ("DEL", self._keys.stream),

@@ -42,6 +42,7 @@ class KvSource(msgspec.Struct, frozen=True):
     epoch: int
     block_tokens: int
     kv_seq: int
+    start_id: str = ""
 
 
 class LostError(Exception):
@@ -58,6 +59,7 @@ class Follower:
     def __init__(self, source: KvSource, keys: KvKeys) -> None:
         self.replica_id = source.replica_id
         self.epoch = source.epoch
+        self.start_id = source.start_id
         self.block_tokens = source.block_tokens
         self.keys = keys
         self.following = False
@@ -68,6 +70,10 @@ class Follower:
         self._retry_s = FIRST_RETRY_S
         self._last = 0
         self._marks: deque[tuple[float, int]] = deque()  # (when, kv_seq announced), oldest first, not yet read
+
+    def is_of(self, source: KvSource) -> bool:
+        """Whether it follows this start of the replica."""
+        return (self.epoch, self.start_id, self.block_tokens) == (source.epoch, source.start_id, source.block_tokens)
 
     @property
     def position(self) -> str:

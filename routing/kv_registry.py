@@ -113,9 +113,10 @@ class KvRegistry:
         sources = {source.replica_id: source for source in self._sources()}
         for replica_id in self._followers.keys() - sources.keys():
             del self._followers[replica_id]
+            self._index.doubt(replica_id)  # whoever is connected now is not known to be who published
         for replica_id, source in sources.items():
             follower = self._followers.get(replica_id)
-            if follower is None or (follower.epoch, follower.block_tokens) != (source.epoch, source.block_tokens):
+            if follower is None or not follower.is_of(source):
                 follower = self._followers[replica_id] = Follower(source, KvKeys(self._store.keys, replica_id))
                 self._index.doubt(replica_id)
             follower.announced(source.kv_seq, now)

@@ -54,6 +54,7 @@ class Withdrawn(msgspec.Struct, frozen=True, kw_only=True, tag="withdrawn", tag_
 
     replica_id: str
     epoch: int
+    start_id: str = ""
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,7 +121,8 @@ class Announcement:
         task, self._task = self._task, None
         await _stop(task)
         try:
-            await self._say(Withdrawn(replica_id=self.member.replica_id, epoch=self.member.epoch))
+            gone = self.member
+            await self._say(Withdrawn(replica_id=gone.replica_id, epoch=gone.epoch, start_id=gone.start_id))
         except StoreError as error:
             log.warning("could not withdraw %s (it expires by itself): %s", self.member.replica_id, error)
 
@@ -180,6 +182,7 @@ class MemberWatch:
         self._index = store.keys("members")
         self._members: Members = MappingProxyType({})
         self._missing_since: dict[str, float] = {}
+        self._overruled: dict[str, str] = {}
         self._callbacks: list[Callable[[Members], None]] = []
         self._task: asyncio.Task[None] | None = None
         self._synced_at: float | None = None
@@ -219,8 +222,12 @@ class MemberWatch:
         told += await self._store.pipeline(self._asking(new)) if new else []
         values = [value for values in told for value in _good(values)]
         words = {i: self._word(i, raw) for i, raw in zip([*known, *new], values, strict=True)}
+        if self.age_s is None or self.age_s > self._options.ttl_s / 2:
+            self._missing_since.clear()  # nobody could be heard: their silence begins now
         self._synced_at = self._options.clock()
         members = {i: m for i, word in words.items() if (m := self._resolve(i, word)) is not None}
+        for replica_id in self._overruled.keys() - members.keys():
+            del self._overruled[replica_id]
         await self._prune([i for i in listed if i not in members and words[i] is None])
         self._publish(members)
 
@@ -242,6 +249,8 @@ class MemberWatch:
                 await self.refresh()
             except StoreError as error:
                 log.debug("keeping %d known members: %s", len(self._members), error)
+            except Exception:  # our bug, but the watch must outlive it
+                log.exception("reading the members failed")
             await self._store.beat(self._options.poll_s)
 
     def _asking(self, ids: Sequence[str]) -> list[Command]:
@@ -259,22 +268,33 @@ class MemberWatch:
     def _resolve(self, replica_id: str, word: Member | Withdrawn | None) -> Member | None:
         """The member to believe in after hearing `word`."""
         known = self._members.get(replica_id)
+        linked = self._connected(replica_id)
         if word is None:
-            return self._linger(replica_id, known)
+            return self._linger(replica_id, known, linked is not None)
         heard = word if isinstance(word, Member) else None
-        if known is not None and word.epoch < known.epoch and not self._leads_to(heard):
-            # A late word of an earlier start. Or the clock was set back and Redis emptied: then nothing else is heard.
-            return self._linger(replica_id, known) or heard
+        if known is not None and self._is_late(word, known, linked):
+            # Or the clock was set back and Redis emptied, so that this is the later start: then nobody else is heard.
+            return self._linger(replica_id, known, linked == known.start_id != "") or heard
         self._missing_since.pop(replica_id, None)
         return heard
 
-    def _leads_to(self, member: Member | None) -> bool:
-        """Whether somebody is connected to the very process that speaks."""
-        return member is not None and member.start_id != "" and self._connected(member.replica_id) == member.start_id
+    def _is_late(self, word: Member | Withdrawn, known: Member, linked: str | None) -> bool:
+        """Whether the word is of a start before the known one. Who is connected (`linked`) knows which one lives; else
+        the epoch says it."""
+        if word.start_id and word.start_id == known.start_id:
+            return False
+        if word.start_id and word.start_id == linked:
+            self._overruled[word.replica_id] = known.start_id
+            return False
+        if word.start_id and linked == known.start_id and word.start_id == self._overruled.get(word.replica_id):
+            return True
+        return word.epoch < known.epoch
 
-    def _linger(self, replica_id: str, known: Member | None) -> Member | None:
+    def _linger(self, replica_id: str, known: Member | None, is_connected: bool) -> Member | None:
+        """A member of which Redis has nothing, or nothing new: for `ttl_s`, and while somebody is connected to it."""
         now = self._options.clock()
-        if known is not None and self._connected(replica_id) is not None:
+        if known is not None and is_connected:
+            self._missing_since.pop(replica_id, None)
             return known
         if known is not None and now - self._missing_since.setdefault(replica_id, now) < self._options.ttl_s:
             return known

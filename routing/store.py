@@ -179,8 +179,8 @@ class Store:
     async def pipeline(self, commands: Sequence[Command], *, alone: bool = False) -> list[Reply]:
         """Runs commands in one round trip (not a transaction); a refused one has a StoreReplyError in its place.
 
-        `alone`: not together with what others ask, for what may take long. Raises StoreUnavailableError within
-        `timeout_s` of being sent, at once while the breaker is open.
+        `alone`: not together with what others ask, for what may take long. Raises StoreUnavailableError, at once while
+        the breaker is open, else when `StoreOptions.timeout_s` has passed since it was sent.
         """
         for command in commands:
             _check(command)  # here, where it hurts nobody else
@@ -236,7 +236,7 @@ class Store:
         """Decodes a value read from `key`; raises BadValueError, logging a key once until it is good again."""
         try:
             value = decoder.decode(raw)
-        except ValueError as error:  # msgspec's errors among them
+        except (ValueError, RecursionError) as error:  # msgspec's errors among them; RecursionError: [[[[…
             self.num_bad_values += 1
             if key not in self._noted and len(self._noted) < MAX_NOTED_VALUES:
                 self._noted.add(key)
@@ -267,8 +267,8 @@ class Store:
 async def _patience(seconds: float) -> AsyncIterator[None]:
     """`asyncio.timeout` that does not take a stall of this process for one of the other side.
 
-    Whatever holds the event loop up (a long callback, a collection, a starved machine) counts for a part at most, and
-    after each part the sockets are read before the next one ends.
+    Whatever holds the event loop up once (a long callback, a collection, a starved machine) counts for a part at most:
+    the sockets are read before the next part ends. A loop that is held up turn after turn gets a turn for each part.
     """
     loop = asyncio.get_running_loop()
     num_left = _PARTS

@@ -125,9 +125,7 @@ class Cluster:
             index = ingress.fleet.index
             for host in self.hosts:
                 publisher = host._publisher
-                assert host._server is not None
-                if publisher is None:
-                    return False  # Redis has not told it yet what was before it
+                assert publisher is not None and host._server is not None
                 held = publisher.blocks.held
                 if publisher.blocks.kv_seq < host._server.stats().kv_seq:
                     return False  # it has not looked itself

@@ -8,10 +8,12 @@ import msgspec
 import pytest
 
 from gateway.breaker import BREAKER_S, MAX_FAILURES
+from gateway.compose import kv_sources
 from gateway.slot import MIN_SENT_S
 from replicas.channel import LinkLostError
 from replicas.contract import GenerateRequest, SamplingParams
-from tests.gateway.links import FACTS, World, member, settle
+from routing.kv_follow import KvSource
+from tests.gateway.links import FACTS, MODEL, World, member, settle
 
 
 def request(request_id: str = "r") -> GenerateRequest:
@@ -104,6 +106,31 @@ async def test_a_replica_started_anew_gets_a_new_link() -> None:
     placement.close()
     assert world.fleet.num_ready("m") == 1
     assert world.fleet.states("m")[0].num_sent == 0
+    await world.close()
+
+
+async def test_what_left_is_not_taken_for_another_start_that_comes_back() -> None:
+    world = World()
+    (old,) = await world.replicas("a")
+    placement = world.fleet.place("a", request(), 100)
+    await world.members()
+    assert not old.closed, "its last request runs there"
+    await world.members(member("a", epoch=2))
+    assert old.closed and world.links["a"] is not old
+    assert world.fleet.start_linked("a") == "a-2"
+    placement.close()
+    await world.close()
+
+
+async def test_a_replica_publishes_while_its_word_and_its_link_agree_on_the_start() -> None:
+    world = World()
+    world.facts["a"] = msgspec.structs.replace(FACTS, events=True)
+    (link,) = await world.replicas("a")
+    link.push(kv_seq=3)
+    (source,) = kv_sources(world.config, world.fleet)
+    assert source == KvSource("a", 1, MODEL.route_block_tokens, 3, "a-1")
+    link.start_id = "another"  # as after a loss, before its first word
+    assert list(kv_sources(world.config, world.fleet)) == []
     await world.close()
 
 

@@ -241,12 +241,34 @@ async def test_a_host_joins_once_redis_has_told_what_was_there_before_it(
         link = await ReplicaLink.connect(host.endpoint, SECRET, "ingress")
         assert link.start_id != ingress.watch.members["r"].start_id
         valkey.signal(signal.SIGCONT)
+        await until(lambda: "r" in ingress.watch.members, 10.0)
         await until(lambda: ingress.watch.members["r"].start_id == link.start_id, 10.0)
         assert ingress.watch.members["r"].epoch == 7_000_001
         await link.close()
     finally:
         valkey.signal(signal.SIGCONT)
         await host.close()
+
+
+async def test_a_host_that_has_not_joined_yet_follows_its_engine_and_leaves_without_a_word(
+    runtime: Runtime, ingress: Watching, valkey: Valkey
+) -> None:
+    valkey.signal(signal.SIGSTOP)
+    host = ReplicaHost(CONFIG, GROUP, runtime, "r")
+    await host.start()
+    link = await ReplicaLink.connect(host.endpoint, SECRET, "ingress")
+    async for _ in link.open(ask("a prompt of several blocks, all of them new" * 10)):
+        pass
+    publisher = host._publisher
+    assert publisher is not None
+    await until(lambda: publisher.blocks.kv_seq > 0)
+    await link.close()
+    await host.drain()
+    valkey.signal(signal.SIGCONT)
+    await asyncio.sleep(1.5)  # the breaker closes, and a beat passes
+    assert await ingress.store.execute("KEYS", "*") == []
+    await host.close()
+    assert not [task for task in asyncio.all_tasks() if "as r" in task.get_name()]
 
 
 async def test_a_host_that_cannot_load_raises_and_leaves_nothing(runtime: Runtime) -> None:

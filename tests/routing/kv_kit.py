@@ -46,9 +46,10 @@ class Replica:
         self.epoch = epoch
         self.pool = BlockPool(400, BLOCK_SIZE)
         self.keys = KvKeys(store.keys, replica_id)
-        place = KvPlace(replica_id, epoch, BLOCK_TOKENS, PublisherOptions(publish_s=0.01, beat_s=beat_s))
+        place = KvPlace(replica_id, BLOCK_TOKENS, PublisherOptions(publish_s=0.01, beat_s=beat_s))
         blocks = RouteBlocks(BlocksOptions("m", BLOCK_TOKENS, 1000))
         self.publisher = KvPublisher(store, blocks, self.pool.take_events, place)
+        self.publisher.begin(epoch)
 
     def compute(self, *prompts: Sequence[int]) -> None:
         """These prompts went through the engine, one after the other."""

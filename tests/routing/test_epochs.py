@@ -10,7 +10,7 @@ import pytest
 from routing.epochs import MAX_EPOCH, next_epoch
 from routing.kv_events import KvKeys
 from routing.registry import Withdrawn
-from routing.store import Store, StoreUnavailableError
+from routing.store import Store, StoreReplyError, StoreUnavailableError
 from tests.routing.conftest import Valkey
 
 NOW = 1_000.0
@@ -53,6 +53,17 @@ async def test_what_makes_no_sense_leaves_it_to_the_clock(store: Store) -> None:
     await store.execute("SET", store.keys("member", "r"), b"\xff no word")
     await store.execute("SET", KvKeys(store.keys, "r").stream, "no stream")
     assert await next_epoch(store, "r", NOW) == CLOCK
+
+
+async def test_a_redis_that_answers_with_an_error_has_not_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = StoreReplyError("BUSY Valkey is busy running a script")
+
+    async def pipeline(self: Store, commands: object) -> list[object]:
+        return [None, busy]
+
+    monkeypatch.setattr(Store, "pipeline", pipeline)
+    with pytest.raises(StoreReplyError):
+        await next_epoch(store, "r", NOW)
 
 
 async def test_without_redis_there_is_none(store: Store, valkey: Valkey) -> None:

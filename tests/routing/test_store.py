@@ -144,14 +144,14 @@ async def test_a_frozen_server_costs_its_timeout_a_few_times_and_then_nothing(va
 
 
 async def _asks_and_stalls(url: str) -> bytes:
-    """Asks, and holds the event loop up for longer than an answer may take, three times."""
-    store = Store(url, "test", StoreOptions(timeout_s=0.1, max_failures=1))
+    """Asks, and holds the event loop up for longer than an answer may take, twice."""
+    store = Store(url, "test", StoreOptions(timeout_s=0.5, max_failures=1))
     await store.execute("SET", "k", "mine")
-    for _ in range(3):
+    for _ in range(2):
         asked = asyncio.create_task(store.execute("GET", "k"))
         await asyncio.sleep(0)
         await asyncio.sleep(0)  # the store's own task has sent it
-        time.sleep(0.3)  # noqa: ASYNC251 just that is meant
+        time.sleep(0.8)  # noqa: ASYNC251 just that is meant
         found: bytes = await asked
     assert store.num_failures == 0
     await store.close()
