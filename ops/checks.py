@@ -207,6 +207,8 @@ def memory(patient: Patient) -> Iterator[Finding]:
     for group in config.groups:
         model = config.model_named(group.model)
         assert model is not None, f"{group.model=} passed the checks"
+        if group.engine.kind == "vllm" and needs_gpu(group):
+            continue  # its cache has a share of the cards: `gpu_memory` does the sums
         try:
             estimate = group_memory(group, model, patient.home)
         except ConfigError:

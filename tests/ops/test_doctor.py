@@ -216,6 +216,15 @@ def test_kv_cache_too_small_for_the_longest_request_is_to_be_minded(tmp_path: Pa
     assert f"max_model_len to {tokens // 8} at most" in found.advice
 
 
+def test_a_cache_on_cards_is_not_counted_in_main_memory(tmp_path: Path) -> None:
+    _llama(tmp_path / "m")
+    source = f"models.0.source={tmp_path / 'm'}"
+    on_cards = patient(tmp_path, source, profile="vllm-awq-tp")
+    assert [finding.check for finding in checks.memory(on_cards)] == ["memory"]
+    here = patient(tmp_path, source, profile="vllm-cpu")
+    assert len(list(checks.memory(here))) == 2
+
+
 def test_a_draft_model_needs_its_share_of_vllms_kv_cache(tmp_path: Path) -> None:
     _llama(tmp_path / "models" / "smollm2-135m")
     model = ModelConfig(id="m", source="smollm2-135m")
