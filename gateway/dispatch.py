@@ -43,7 +43,8 @@ from routing.types import Decision, RouteRequest
 MAX_DEATHS = 2
 """Replicas that may die over one request before it is refused: it may be what kills them."""
 
-_ELSEWHERE = frozenset({"draining", "overloaded", "engine_dead"})
+_DEATHS = frozenset({"engine_dead", "upstream_lost"})
+_ELSEWHERE = frozenset({"draining", "overloaded"}) | _DEATHS
 _NOT_LATER = frozenset({"overloaded", "adapter_not_found", "adapter_unreachable"})
 """What waiting for another replica does not mend, once all there are have said it."""
 
@@ -302,10 +303,11 @@ async def _answer(placement: Placement) -> StepDelta | _Failure:
     if fault is None:
         placement.answered()
         return delta
-    if fault.code in ("engine_dead", "internal"):
+    died = fault.code in _DEATHS
+    if died or fault.code == "internal":
         placement.failed()
     final = not fault.retryable and fault.code not in _ELSEWHERE
-    return _Failure(from_fault(fault), fault.code, died=fault.code == "engine_dead", final=final)
+    return _Failure(from_fault(fault), fault.code, died=died, final=final)
 
 
 def _fault_of(delta: StepDelta) -> Fault | None:

@@ -171,6 +171,7 @@ _BY_FAULT: dict[str, type[ApiError]] = {
     "draining": UnavailableError,
     "deadline_exceeded": DeadlineError,
     "engine_dead": ReplicaLostError,
+    "upstream_lost": ReplicaLostError,
     "internal": InternalError,
 }
 

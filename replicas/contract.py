@@ -140,6 +140,7 @@ FAULT_CODES = frozenset(
         "draining",
         "deadline_exceeded",
         "engine_dead",
+        "upstream_lost",  # the server that a replica speaks for broke off; the replica lives
         "internal",
     }
 )

@@ -226,9 +226,11 @@ class OpenAiEngine:
         """One request to its terminal delta, unless that came from elsewhere."""
         try:
             await self._stream(call, body)
-            self._fail(call, "the server's stream broke off")
+            self._fail(call, "upstream_lost", "the server's stream broke off")
+        except httpx.TransportError as error:
+            self._fail(call, "upstream_lost", f"the server broke off: {type(error).__name__}: {error}"[:300])
         except Exception as error:  # whatever it is, it is this request's alone
-            self._fail(call, f"the server failed: {type(error).__name__}: {error}"[:300])
+            self._fail(call, "internal", f"the server failed: {type(error).__name__}: {error}"[:300])
 
     async def _stream(self, call: _Call, body: bytes) -> None:
         assert self._client is not None
@@ -254,8 +256,8 @@ class OpenAiEngine:
                 if not call.has_ended:
                     self._emit(delta)
 
-    def _fail(self, call: _Call, why: str) -> None:
-        self._end(call, call.reader.failure(Fault("internal", why, retryable=True)))
+    def _fail(self, call: _Call, code: str, why: str) -> None:
+        self._end(call, call.reader.failure(Fault(code, why, retryable=True)))
 
     def _end(self, call: _Call, delta: StepDelta) -> None:
         """The one terminal delta; no-op after it."""

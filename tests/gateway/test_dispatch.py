@@ -143,7 +143,7 @@ async def test_a_replica_lost_after_a_delta_is_an_error_at_once() -> None:
     await world.close()
 
 
-@pytest.mark.parametrize("code", ["draining", "overloaded", "engine_dead"])
+@pytest.mark.parametrize("code", ["draining", "overloaded", "engine_dead", "upstream_lost"])
 async def test_a_replica_that_refuses_is_passed_over(code: str) -> None:
     world = World()
     links = await world.replicas("a", "b")
@@ -182,13 +182,14 @@ async def test_a_fault_that_would_come_anywhere_is_the_clients(code: str, error:
     await world.close()
 
 
-async def test_a_fault_in_the_middle_ends_the_answer() -> None:
+@pytest.mark.parametrize("code", ["engine_dead", "upstream_lost"])
+async def test_a_fault_in_the_middle_ends_the_answer(code: str) -> None:
     world = World()
     links = await world.replicas("a", "b")
     reader = await begin(world)
     _, source = at(*links)
     source.say(1)
-    source.fault("engine_dead", retryable=True)
+    source.fault(code, retryable=True)
     with pytest.raises(ReplicaLostError):
         await reader.task
     assert reader.token_ids == [1]

@@ -115,8 +115,8 @@ async def test_what_was_sent_is_believed_to_be_cached() -> None:
         (Behaviour(status=503), "draining", True),
         (Behaviour(status=429), "overloaded", True),
         (Behaviour(status=400), "unsupported_parameter", False),
-        (Behaviour(crash_on_request=1), "internal", True),
-        (Behaviour(crash_after_chunks=2), "internal", True),
+        (Behaviour(crash_on_request=1), "upstream_lost", True),
+        (Behaviour(crash_after_chunks=2), "upstream_lost", True),
     ],
 )
 async def test_a_failure_is_one_fault_that_says_whether_another_may_try(
