@@ -35,9 +35,13 @@ def only_loopback(connect: Callable[[socket.socket, Any], Any]) -> Callable[[soc
     return guarded
 
 
+gc.disable()  # while all is imported: nothing of it goes away
+
+
 def pytest_collection_finish() -> None:
     """What is loaded by now stays: some 600,000 objects, which a collection would walk for half a second, in the middle
     of a test whose replicas and ingresses are expected to answer."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 
