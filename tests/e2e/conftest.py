@@ -82,11 +82,15 @@ def _cmdline(process: psutil.Process) -> list[str]:
         return []
 
 
+PATIENCE = "channel.dead_after_s=8"
+"""A replica that dies closes its socket; one that is silent for two seconds may be on a machine that is busy."""
+
+
 def start_stack(profile: str, folder: Path, *overrides: str) -> Stack:
     port = free_port()
     log = folder / f"serve-{port}.log"
     command = [sys.executable, "-m", "ops.cli", "serve", profile, "--port", str(port)]
-    for override in overrides:
+    for override in (PATIENCE, *overrides):
         command += ["--set", override]
     environment = {**os.environ, "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"}
     with log.open("wb") as output:
