@@ -88,11 +88,12 @@ class Cluster:
         return block_hashes(pack_tokens(list(prompt.encode())), BLOCK_TOKENS, namespace)
 
     async def ingress(self) -> ComposedGateway:
-        """An ingress more, among `ingresses` once it has started and knows the replicas."""
+        """An ingress more, among `ingresses` once it has started and knows the replicas and what they hold."""
         composed = await compose(CONFIG, self.runtime)
         try:
             await composed.start()  # which does not wait for a Redis that hesitates
-            await until(lambda: composed.fleet.num_ready("m") == len(self.hosts), 10.0)
+            fleet = composed.fleet
+            await until(lambda: fleet.num_ready("m") == len(self.hosts) and not fleet.index.guessed, 10.0)
         except BaseException:
             await composed.close()
             raise

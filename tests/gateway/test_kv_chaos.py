@@ -132,6 +132,9 @@ async def restart_replica(cluster: Cluster) -> None:
 async def restart_ingress(cluster: Cluster) -> None:
     """The new one knows what its siblings know within a second of its beginning, once they know all themselves."""
     await until(lambda: not any(ingress.fleet.index.guessed for ingress in cluster.ingresses), 5.0)
+    async with asyncio.timeout(5.0):  # Redis, too, must have heard of all of them since it was emptied
+        while len(await cluster.ingresses[0].watch.loads()) < 4:  # noqa: ASYNC110 a few polls
+            await asyncio.sleep(0.02)
     began = time.monotonic()
     fresh = await cluster.ingress()
     without_expectations(fresh.fleet.index)
@@ -152,8 +155,9 @@ async def test_no_wrong_word_stands_for_certain_for_two_seconds_and_no_request_f
         for disturb in (lose_events, freeze, empty, restart_redis, restart_replica, restart_ingress):
             await asyncio.sleep(0.3 + 0.2 * random.random())
             await disturb(cluster)
+        # Evictions take a moment to be known: the auditor must see some, on a machine that pauses too.
+        await until(lambda: auditor.num_wrong > 10, 20.0)
         for task in (*tasks, *clients):
             task.cancel()
     await until(cluster.agree, 5.0)
-    assert auditor.num_wrong > 0, "evictions take a moment to be known: the auditor must have seen some"
     assert auditor.worst_s < LONGEST_WRONG_S

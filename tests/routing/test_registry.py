@@ -167,7 +167,8 @@ async def test_while_redis_is_frozen_the_last_set_stays_and_the_loop_is_free(fle
             assert sorted(watch.members) == ["a"]
             await asyncio.sleep(0.01)
             gaps.append(time.monotonic() - before)
-        assert sorted(gaps)[len(gaps) // 2] < 0.1, "reading the set never waits; the machine may"
+        gaps.sort()
+        assert gaps[-3] < 0.2 and gaps[len(gaps) // 2] < 0.05, "reading the set never waits; the machine may, twice"
         assert watch.age_s is not None
         assert watch.age_s > 0.5
     finally:
