@@ -25,6 +25,9 @@ ROOT = Path(__file__).parents[3]
 ENGINE = {"kind": "sim", "max_num_seqs": 2, "max_num_batched_tokens": 256, "sim": {"step_base_s": 0.02}}
 """A step takes 20 ms whatever is in it: twice the sequences, twice the throughput."""
 
+SLOW = {"kind": "sim", "max_num_seqs": 1, "max_num_batched_tokens": 256, "sim": {"step_base_s": 0.05}}
+"""Five requests a second, and forty with eight sequences: far apart beside what a pause of the machine takes away."""
+
 LOAD = ["--input-tokens", "96", "--shared-tokens", "64", "--output-tokens", "4", "--requests", "12"]
 SLO = ["--ttft-ms", "400", "--tpot-ms", "200"]
 
@@ -39,13 +42,11 @@ def last_line(result: Result) -> dict[str, Any]:
 
 
 def test_the_best_profile_is_the_best_of_the_findings_and_loads(tmp_path: Path) -> None:
-    profile, out = write_profile(tmp_path / "mine.yaml", ENGINE), tmp_path / "out"
+    profile, out = write_profile(tmp_path / "mine.yaml", SLOW), tmp_path / "out"
     words = [
         str(profile),
         *LOAD,
-        *SLO,
-        "--requests",
-        "24",
+        *("--ttft-ms", "1200", "--tpot-ms", "1000"),
         "--sweep",
         "max_num_seqs=8",
         "--minutes",
@@ -63,20 +64,20 @@ def test_the_best_profile_is_the_best_of_the_findings_and_loads(tmp_path: Path) 
     written = load_config(out / "best.yaml", {})
     assert (out / "best.yaml").stat().st_mode & 0o777 == 0o600, "profiles can hold keys"
     assert written.groups[0].engine.max_num_seqs == 8
-    assert written.groups[0].engine.sim.step_base_s == 0.02
+    assert written.groups[0].engine.sim.step_base_s == 0.05
     found = [json.loads(line) for line in (out / "findings.jsonl").read_text().splitlines()]
     (again,) = (run for run in found if run["repeat"])
-    assert (again["values"]["max_num_seqs"], again["rate"]) == (2, engine["best"]["requests_per_s"])
-    assert engine["profile_again_in_time"] < 0.95, "twice the sequences is no chance"
+    assert (again["values"]["max_num_seqs"], again["rate"]) == (1, engine["best"]["requests_per_s"])
+    assert engine["profile_again_in_time"] < 0.95, "eight times the sequences is no chance"
     runs = [run for run in found if not run["repeat"]]
-    assert Counter(run["values"]["max_num_seqs"] for run in runs if run["rate"] is None) == {2: 1, 8: 1}
+    assert Counter(run["values"]["max_num_seqs"] for run in runs if run["rate"] is None) == {1: 1, 8: 1}
     in_time = {
         run["rate"]: run["values"]["max_num_seqs"]
         for run in runs
-        if run["rate"] and sum(t is not None and t[0] <= 0.4 for t in run["timings"]) >= 0.95 * len(run["timings"])
+        if run["rate"] and sum(t is not None and t[0] <= 1.2 for t in run["timings"]) >= 0.95 * len(run["timings"])
     }
     assert in_time[max(in_time)] == 8 and max(in_time) == engine["best"]["requests_per_s"]
-    assert all(run["num_prompt_tokens"] == 24 * 96 and run["num_output_tokens"] == 24 * 4 for run in runs)
+    assert all(run["num_prompt_tokens"] == 12 * 96 and run["num_output_tokens"] == 12 * 4 for run in runs)
     report = (out / "report.md").read_text()
     assert "a difference, as far as one look tells" in report
     assert "max_num_seqs=8" in report and "counted by the replicas: 96.0 tokens a prompt" in report
