@@ -102,6 +102,7 @@ def test_vllm_finds_the_plugin() -> None:
 
 @linux
 @NEEDED
+@pytest.mark.slow  # tests/e2e/test_mixed_engines.py kills a replica of a whole stack
 @pytest.mark.vllm
 @pytest.mark.model
 @pytest.mark.timeout(300)

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-from replicas.contract import EngineDeadError, RefusedError
+from replicas.contract import RefusedError
 from tests.replicas.vllm.conftest import NEEDED
-from tests.replicas.vllm.vllm_kit import MARKS, STORY, Driver, config, eventually, tokenizer_of, tokens_of
+from tests.replicas.vllm.vllm_kit import MARKS, STORY, Driver, config, dies, eventually, is_alive, tokenizer_of
 
 pytestmark = [*MARKS, NEEDED]
-
-
-def is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 async def started(smollm2: Path) -> Driver:
@@ -34,38 +25,18 @@ async def started(smollm2: Path) -> Driver:
     return driver
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("victim", "signum", "limit_s"),
-    [
-        pytest.param("EngineCore", signal.SIGKILL, 5.0, id="engine core killed"),
-        pytest.param("Worker", signal.SIGKILL, 8.0, id="worker killed", marks=pytest.mark.slow),
-        pytest.param("Worker", signal.SIGSTOP, 12.0, id="worker frozen", marks=pytest.mark.slow),
-    ],
+    ("signum", "limit_s"),
+    [pytest.param(signal.SIGKILL, 8.0, id="killed"), pytest.param(signal.SIGSTOP, 12.0, id="frozen")],
 )
-async def test_a_dead_engine_is_found_out(smollm2: Path, victim: str, signum: int, limit_s: float) -> None:
+async def test_a_dead_worker_is_found_out(smollm2: Path, signum: int, limit_s: float) -> None:
+    """An engine core that is killed: at the end of test_engine.py."""
     driver = await started(smollm2)
-    engine = driver.engine
     try:
-        processes = engine._launched.processes
-        target = next(p for p in processes if victim[:6] in " ".join([p.name(), *p.cmdline()]))
-        requests = [driver.request(STORY, max_tokens=500, ignore_eos=True) for _ in range(3)]
-        for request in requests:
-            engine.submit(request)
-        await eventually(lambda: all(len(tokens_of(driver.deltas[r.request_id])) > 2 for r in requests), 60)
-        began = time.monotonic()
-        target.send_signal(signum)
-        for request in requests:
-            last = (await driver.end_of(request.request_id))[-1]
-            assert last.fault is not None and (last.fault.code, last.fault.retryable) == ("engine_dead", True)
-        assert time.monotonic() - began < limit_s
-        with pytest.raises(EngineDeadError):
-            engine.stats()
-        with pytest.raises(RefusedError):
-            engine.submit(driver.request(STORY))
-        assert all(sum(d.finish_reason is not None for d in driver.deltas[r.request_id]) == 1 for r in requests)
+        await dies(driver, "Worker", signum, limit_s)
     finally:
-        await engine.close()
-    await eventually(lambda: not any(map(is_alive, processes)))
+        await driver.engine.close()
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -25,7 +26,17 @@ from replicas.contract import (
 from replicas.kv_blocks import BlocksOptions, RouteBlocks
 from routing.prefix import Namespace, block_hashes_after
 from tests.replicas.vllm.conftest import NEEDED
-from tests.replicas.vllm.vllm_kit import FRANCE, MARKS, STORY, Driver, config, eventually, tokenizer_of, tokens_of
+from tests.replicas.vllm.vllm_kit import (
+    FRANCE,
+    MARKS,
+    STORY,
+    Driver,
+    config,
+    dies,
+    eventually,
+    tokenizer_of,
+    tokens_of,
+)
 
 pytestmark = [*MARKS, NEEDED]
 
@@ -290,3 +301,8 @@ async def test_requests_in_one_step_come_in_one_call(driver: Driver) -> None:
         driver.engine._sink = take
     assert max(calls) == 4
     assert list(itertools.accumulate(calls))[-1] == 4 * 12
+
+
+async def test_a_killed_engine_core_is_found_out(driver: Driver) -> None:
+    """The last test of this file: it ends the engine of the others. Workers: test_death.py."""
+    await dies(driver, "EngineCore", signal.SIGKILL, 5.0)

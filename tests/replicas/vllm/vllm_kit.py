@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tokenizers
 
 from configs.schema import EngineConfig
-from replicas.contract import EngineFacts, GenerateRequest, SamplingParams, StepDelta, pack_tokens
+from replicas.contract import (
+    EngineDeadError,
+    EngineFacts,
+    GenerateRequest,
+    RefusedError,
+    SamplingParams,
+    StepDelta,
+    pack_tokens,
+)
 
 MARKS = [
     pytest.mark.vllm,
@@ -84,3 +94,35 @@ async def eventually(holds: Any, limit_s: float = 10.0) -> None:
 
 def tokenizer_of(folder: Path) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+async def dies(driver: Driver, victim: str, signum: int, limit_s: float) -> None:
+    """Ends the engine by a signal to the process named so: all who have requests there are told in time, and once; all
+    of its processes end."""
+    engine = driver.engine
+    processes = engine._launched.processes
+    target = next(p for p in processes if victim[:6] in " ".join([p.name(), *p.cmdline()]))
+    requests = [driver.request(STORY, max_tokens=500, ignore_eos=True) for _ in range(3)]
+    for request in requests:
+        engine.submit(request)
+    await eventually(lambda: all(len(tokens_of(driver.deltas[r.request_id])) > 2 for r in requests), 60)
+    began = time.monotonic()
+    target.send_signal(signum)
+    for request in requests:
+        last = (await driver.end_of(request.request_id))[-1]
+        assert last.fault is not None and (last.fault.code, last.fault.retryable) == ("engine_dead", True)
+    assert time.monotonic() - began < limit_s
+    with pytest.raises(EngineDeadError):
+        engine.stats()
+    with pytest.raises(RefusedError):
+        engine.submit(driver.request(STORY))
+    assert all(sum(d.finish_reason is not None for d in driver.deltas[r.request_id]) == 1 for r in requests)
+    await engine.close()
+    await eventually(lambda: not any(map(is_alive, processes)))
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
