@@ -148,7 +148,7 @@ def train(folder: Path, out: Path, chats: Sequence[Chat], options: TrainOptions,
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     began = time.monotonic()

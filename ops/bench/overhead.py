@@ -175,7 +175,7 @@ def write_short_stepped(like: Path, folder: Path) -> None:
     torch.manual_seed(0)
     shape: Any = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=vocab_size, max_position_embeddings=4096, num_key_value_heads=2, **shape)
-    model: Any = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+    model: Any = LlamaForCausalLM(config)
     model.save_pretrained(folder)
 
 

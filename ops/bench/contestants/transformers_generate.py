@@ -69,7 +69,7 @@ class Continuous:
             auto_switch_to_flash=False,
             allow_block_sharing=cache == "cache",
         )
-        generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)  # type: ignore[no-untyped-call]
+        generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
         self._manager = model.init_continuous_batching(generation, batching)
         self._manager.start()
 
