@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 
 def is_loopback(host: str) -> bool:
@@ -34,6 +35,9 @@ def only_loopback(connect: Callable[[socket.socket, Any], Any]) -> Callable[[soc
 
     return guarded
 
+
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")  # an example may take a second on a machine that stands still for as long
 
 gc.disable()  # while all is imported: nothing of it goes away
 

@@ -64,9 +64,9 @@ def test_a_client_that_leaves_frees_its_blocks(stack: Stack) -> None:
         lines = response.iter_lines()
         for _ in range(6):
             next(lines)
-        wait_until(lambda: sum(samples(stack, "warmgate_replica_free_kv_blocks")) < free, 5)
-    wait_until(lambda: sum(samples(stack, "warmgate_replica_running")) == 0, 5)
-    wait_until(lambda: sum(samples(stack, "warmgate_replica_free_kv_blocks")) == free, 5)
+        wait_until(lambda: sum(samples(stack, "warmgate_replica_free_kv_blocks")) < free, 30)
+    wait_until(lambda: sum(samples(stack, "warmgate_replica_running")) == 0, 30)
+    wait_until(lambda: sum(samples(stack, "warmgate_replica_free_kv_blocks")) == free, 30)
 
 
 def test_both_ingress_replicas_answer_alike(stack: Stack, client: openai.OpenAI) -> None:
@@ -93,11 +93,11 @@ def test_a_replica_killed_in_mid_stream_ends_in_an_error_event(stack: Stack) -> 
         os.kill(pid_of(stack, replica), signal.SIGKILL)
         killed = time.monotonic()
         rest = list(lines)
-    assert time.monotonic() - killed < 3.0
+    assert time.monotonic() - killed < 6.0, "its socket closed; silence would take eight seconds"
     assert rest[-1] != "data: [DONE]"
     assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "replica_lost"
-    wait_until(lambda: len(set(stack.replica_pids("smollm2")) - {*victims}) >= 1, 60)
-    wait_until(lambda: samples(stack, "warmgate_replicas_ready") == [2.0], 90)
+    wait_until(lambda: len(set(stack.replica_pids("smollm2")) - {*victims}) >= 1, 240)
+    wait_until(lambda: samples(stack, "warmgate_replicas_ready") == [2.0], 240)
 
 
 def pid_of(stack: Stack, replica: str) -> int:
@@ -110,7 +110,7 @@ def pid_of(stack: Stack, replica: str) -> int:
 
 
 def test_no_request_fails_when_a_replica_dies_before_its_first_token(stack: Stack, client: openai.OpenAI) -> None:
-    wait_until(lambda: samples(stack, "warmgate_replicas_ready") == [2.0], 90)
+    wait_until(lambda: samples(stack, "warmgate_replicas_ready") == [2.0], 240)
     victim = stack.replica_pids("smollm2")[0]
     prompts = [f"{n} " + "word " * 1500 for n in range(6)]
 
@@ -124,7 +124,7 @@ def test_no_request_fails_when_a_replica_dies_before_its_first_token(stack: Stac
         reasons = list(pool.map(ask, prompts))
     killer.join()
     assert reasons == ["length"] * 6
-    wait_until(lambda: samples(stack, "warmgate_replicas_ready") == [2.0], 90)
+    wait_until(lambda: samples(stack, "warmgate_replicas_ready") == [2.0], 240)
 
 
 def kill_when_busy(stack: Stack, pid: int) -> None:

@@ -62,10 +62,14 @@ def test_both_engines_give_the_same_answers_behind_one_address(mixed: Stack, ask
         total = sum(each.logprob for each in choice.logprobs.content)
         return str(raw.headers["x-warmgate-replica"]), choice.message.content or "", total
 
+    seen: list[tuple[str, str, float]] = []
+    engines: set[str] = set()
     with open_stream(mixed), ThreadPoolExecutor(12) as pool:
-        seen = list(pool.map(ask, range(24)))
+        while len(engines) < 2 and len(seen) < 96:  # a replica that was held up counts as slow for a while
+            seen += pool.map(ask, range(len(seen), len(seen) + 24))
+            engines = {replica.partition("-")[0] for replica, _, _ in seen}
     assert {text for _, text, _ in seen} == {"The capital of France is Paris."}
-    assert {replica.partition("-")[0] for replica, _, _ in seen} == {"native", "vllm"}
+    assert engines == {"native", "vllm"}
     totals = [total for _, _, total in seen]
     assert max(totals) - min(totals) < 0.01
 

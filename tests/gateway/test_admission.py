@@ -302,7 +302,7 @@ async def test_the_timer_ends_a_wait_by_itself() -> None:
         await admission.acquire(job(), ROUTE, 100)
     with pytest.raises(DeadlineError):
         await admission.acquire(job(deadline=clock() + 0.01), ROUTE, 100)
-    assert clock() - began < 1.0
+    assert clock() - began < 10.0
     admission.check()
     assert admission.num_waiting == 0
 

@@ -26,7 +26,7 @@ __all__ = ["valkey", "world"]
 
 HASTY, PATIENT = ({"authorization": f"Bearer sk-{name}"} for name in ("hasty", "patient"))
 GREEDY = SamplingParams(max_tokens=1, seed=0)
-SLOW = engine(adapter_load_s=2.5, max_adapters=2)
+SLOW = engine(adapter_load_s=2.1, max_adapters=2)
 
 
 def slow_profile(valkey: Valkey) -> Config:
@@ -42,7 +42,7 @@ def slow_profile(valkey: Valkey) -> Config:
 
 @pytest.fixture
 async def slow(valkey: Valkey) -> AsyncIterator[Stack]:
-    """A sim replica that takes two and a half seconds for an adapter."""
+    """A sim replica that takes two seconds for an adapter."""
     async with running(slow_profile(valkey), valkey) as stack:
         await stack.host("m", SLOW)
         yield stack

@@ -43,6 +43,9 @@ ROOT = Path(__file__).parents[2]
 QUICK = EngineConfig(kind="sim", max_num_seqs=8, sim=SimConfig(step_base_s=FAST_S))
 ONE_AT_A_TIME = EngineConfig(kind="sim", max_num_seqs=1, sim=SimConfig(step_base_s=SLOW_S))
 
+PATIENT = ChannelConfig(heartbeat_s=0.2, dead_after_s=5.0)
+"""Who is killed closes its socket; who is silent may be on a machine that stands still for a moment."""
+
 
 @dataclass
 class Stack:
@@ -118,18 +121,22 @@ def valkey() -> Iterator[Valkey]:
         shutil.rmtree(folder)
 
 
-@pytest.fixture
-async def stack(valkey: Valkey) -> AsyncIterator[Stack]:
-    """One model, `m`, and no replica yet."""
-    config = Config(
+def one_model() -> Config:
+    """Model `m`."""
+    return Config(
         cluster="test",
         models=(ModelConfig(id="m", source="sim:bytes", default_max_tokens=64),),
         groups=(GroupConfig(name="g", model="m"),),
         tenants=(TenantConfig(id="local", anonymous=True),),
-        channel=ChannelConfig(heartbeat_s=0.2, dead_after_s=1.0),
+        channel=PATIENT,
         admission=AdmissionConfig(max_ahead_per_replica=4),
     )
-    async with running(config, valkey) as stack:
+
+
+@pytest.fixture
+async def stack(valkey: Valkey) -> AsyncIterator[Stack]:
+    """One model, `m`, and no replica yet."""
+    async with running(one_model(), valkey) as stack:
         yield stack
 
 
@@ -141,7 +148,7 @@ async def two_models(valkey: Valkey) -> AsyncIterator[Stack]:
         models=tuple(ModelConfig(id=name, source="sim:bytes", aliases=(f"org/{name}",)) for name in "mn"),
         groups=tuple(GroupConfig(name=f"group-{name}", model=name) for name in "mn"),
         tenants=(TenantConfig(id="local", anonymous=True),),
-        channel=ChannelConfig(heartbeat_s=0.2, dead_after_s=1.0),
+        channel=PATIENT,
         admission=AdmissionConfig(max_ahead_per_replica=1),
     )
     async with running(config, valkey) as stack:
@@ -261,20 +268,23 @@ async def test_a_replica_killed_later_is_an_error_event_soon(stack: Stack) -> No
     await until(stack.idle)
 
 
-async def test_a_replica_that_freezes_is_as_good_as_dead(stack: Stack) -> None:
-    await stack.replica("a", step_s=0.05)
-    await stack.replica("b", step_s=0.05)
-    seen: list[Any] = []
-    frozen_at = 0.0
-    async with stack.client.stream("POST", "/v1/chat/completions", json=body(max_tokens=500, stream=True)) as response:
-        async for event in events(response):
-            seen.append(event)
-            if len(seen) == 5:
-                stack.processes[stack.busiest].send_signal(signal.SIGSTOP)
-                frozen_at = time.monotonic()
-    assert time.monotonic() - frozen_at < 5.0
-    assert seen[-1]["error"]["code"] == "replica_lost"
-    assert await text_of(stack, max_tokens=3)
+async def test_a_replica_that_freezes_is_as_good_as_dead(valkey: Valkey) -> None:
+    hasty = ChannelConfig(heartbeat_s=0.2, dead_after_s=1.0)
+    async with running(msgspec.structs.replace(one_model(), channel=hasty), valkey) as stack:
+        await stack.replica("a", step_s=0.05)
+        await stack.replica("b", step_s=0.05)
+        seen: list[Any] = []
+        frozen_at = 0.0
+        asked = body(max_tokens=500, stream=True)
+        async with stack.client.stream("POST", "/v1/chat/completions", json=asked) as response:
+            async for event in events(response):
+                seen.append(event)
+                if len(seen) == 5:
+                    stack.processes[stack.busiest].send_signal(signal.SIGSTOP)
+                    frozen_at = time.monotonic()
+        assert time.monotonic() - frozen_at < 5.0
+        assert seen[-1]["error"]["code"] == "replica_lost"
+        assert await text_of(stack, max_tokens=3)
 
 
 async def test_a_replica_that_drains_finishes_what_it_has_and_gets_nothing_new(stack: Stack) -> None:
@@ -291,7 +301,7 @@ async def test_a_replica_that_drains_finishes_what_it_has_and_gets_nothing_new(s
                 assert await text_of(stack, max_tokens=3)
     assert seen[-1] == "[DONE]"
     assert sum(bool(e["choices"][0]["delta"].get("content")) for e in seen[:-1]) >= 38
-    assert await asyncio.wait_for(stack.processes[draining].wait(), 5) == 0
+    assert await asyncio.wait_for(stack.processes[draining].wait(), 30) == 0
     assert stack.num_ready == 1
 
 
@@ -375,7 +385,7 @@ async def test_the_backlog_of_one_model_does_not_hold_up_another(two_models: Sta
     admission = two_models.composed.admission
     backlog = [asyncio.create_task(text_of(two_models, max_tokens=1000)) for _ in range(8)]
     await until(lambda: admission.num_waiting >= 6)
-    async with asyncio.timeout(2.0):
+    async with asyncio.timeout(20.0):
         for _ in range(4):
             assert await text_of(two_models, model="n", max_tokens=3)
     assert admission.num_waiting >= 6, "those of the other model wait still"

@@ -26,6 +26,7 @@ from configs.schema import (
     EngineConfig,
     GroupConfig,
     ModelConfig,
+    RedisConfig,
     TenantConfig,
 )
 from routing.adapters import AdapterRegistry
@@ -89,6 +90,7 @@ def profile(world: World, **changes: Any) -> Config:
         adapters=(declared,),
         tenants=(TenantConfig(id="root", keys=("sk-root",), admin=True), TenantConfig(id="user", keys=("sk-user",))),
         channel=ChannelConfig(heartbeat_s=0.2, dead_after_s=2.0),
+        redis=RedisConfig(timeout_s=5.0),  # the engine shares this process: an answer may be read late
     )
 
 

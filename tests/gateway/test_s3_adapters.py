@@ -12,7 +12,7 @@ import pytest
 
 from configs.schema import AdapterFilesConfig, AdapterSourceConfig
 from tests.configs.s3_server import BUCKET, S3, s3
-from tests.gateway.test_adapter_sources import PATIENT, eventually, status, unreachable, until_async
+from tests.gateway.test_adapter_sources import eventually, status, unreachable, until_async
 from tests.gateway.test_adapters_api import adapters, add
 from tests.gateway.test_compose import Stack, running, until
 from tests.gateway.test_lora import World, host, load, profile, says, valkey, world
@@ -28,7 +28,6 @@ async def stack(valkey: Valkey, world: World, s3: S3) -> AsyncIterator[Stack]:
         profile(world),
         adapter_sources=(source,),
         adapter_files=AdapterFilesConfig(roots=(str(world.folder), f"s3://{BUCKET}/shared"), fetch_timeout_s=5.0),
-        redis=PATIENT,
     )
     async with running(config, valkey) as stack:
         await host(stack)

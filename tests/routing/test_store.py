@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import signal
 import socket
@@ -120,7 +119,8 @@ async def test_a_restart_between_two_calls_costs_no_failure(valkey: Valkey, stor
 
 
 async def test_a_frozen_server_costs_its_timeout_a_few_times_and_then_nothing(valkey: Valkey) -> None:
-    store = Store(valkey.url, "test", StoreOptions(timeout_s=0.1, max_failures=2, open_s=1.0))
+    now = 0.0
+    store = Store(valkey.url, "test", StoreOptions(timeout_s=0.1, max_failures=2, open_s=1.0, clock=lambda: now))
     await store.execute("SET", "k", "mine")
     valkey.signal(signal.SIGSTOP)
     try:
@@ -129,14 +129,14 @@ async def test_a_frozen_server_costs_its_timeout_a_few_times_and_then_nothing(va
             with pytest.raises(StoreUnavailableError):
                 await store.execute("GET", "k")
             assert time.monotonic() - began < 2.0
-        began = time.monotonic()
+        asked = store.num_round_trips
         for _ in range(100):
             with pytest.raises(BreakerOpenError):
                 await store.execute("GET", "k")
-        assert time.monotonic() - began < 0.8, "each would cost 0.1"
+        assert store.num_round_trips == asked, "each would cost 0.1"
     finally:
         valkey.signal(signal.SIGCONT)
-    await asyncio.sleep(1.05)
+    now = 1.05
     # Late replies to the calls that timed out must not be taken for replies to these.
     assert [await store.execute("INCRBY", "n", 1) for _ in range(3)] == [1, 2, 3]
     assert await store.execute("GET", "k") == b"mine"
@@ -299,18 +299,23 @@ async def test_all_of_a_batch_hear_that_redis_is_gone_which_counts_once(store: S
     assert store.breaker.state == "closed" and store.num_failures == 2
 
 
-async def test_pollers_of_one_store_wake_together(store: Store) -> None:
-    woken: list[float] = []
+async def test_pollers_of_one_store_wake_together(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, sleep = asyncio.get_running_loop().time, asyncio.sleep
+    planned: list[float] = []
 
-    async def poll(period_s: float, times: int) -> None:
-        for _ in range(times):
-            await store.beat(period_s)
-            woken.append(asyncio.get_running_loop().time())
+    async def noted(seconds: float) -> None:
+        planned.append(now() + seconds)
+        await sleep(seconds)
 
-    await asyncio.gather(poll(0.1, 2), poll(0.1, 2), poll(0.2, 1))
-    assert len(woken) == 5
-    apart = [b - a for a, b in itertools.pairwise(sorted(woken)) if b - a > 0.03]
-    assert len(apart) == 1 and 0.05 < apart[0] < 0.15, "two moments, whoever it was"
+    monkeypatch.setattr(asyncio, "sleep", noted)
+    for period_s in (0.1, 0.1, 0.2):
+        began = now()
+        await sleep(0.013)
+        await store.beat(period_s)
+        assert now() - began > 0.02
+    first, second, third = (moment / 0.1 for moment in planned)
+    assert second - first == pytest.approx(round(second - first), abs=0.1), "multiples of a period, whoever it was"
+    assert third - second == pytest.approx(round(third - second), abs=0.1)
 
 
 async def test_closing_waits_for_what_is_under_way(store: Store, valkey: Valkey) -> None:
