@@ -27,7 +27,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def eventually(holds: Callable[[], bool], limit_s: float = 20.0) -> bool:
+def eventually(holds: Callable[[], bool], limit_s: float = 60.0) -> bool:
     """Whether it holds within the time."""
     end = time.monotonic() + limit_s
     while not holds():

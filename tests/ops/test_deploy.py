@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 def run(script: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **(env or {})}
-    return subprocess.run([*PYTHON, script], capture_output=True, text=True, env=environment, timeout=60, check=False)
+    return subprocess.run([*PYTHON, script], capture_output=True, text=True, env=environment, timeout=180, check=False)
 
 
 def test_one_application_holds_ingress_groups_and_store():
@@ -108,13 +108,13 @@ def test_the_serve_config_of_the_documentation_builds_as_ray_builds_it():
     with tempfile.TemporaryDirectory(prefix="w", dir="/tmp") as folder:  # pytest's are too long for sockets
         environment = {**os.environ, "TMPDIR": folder, "WARMGATE_CLUSTER_SECRET": "sixteen bytes it is"}
         command = [*PYTHON, BUILD_AS_RAY_DOES, serve_config_of_the_page()]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "warmgate / ingress group-sim,ingress,store demo b'sixteen bytes it is'"
 
 
 def test_a_misspelt_key_in_a_serve_config_is_named():
     from_page = serve_config_of_the_page().replace("engine: {kind: sim}", "engine: {kin: sim}")
-    done = subprocess.run([*PYTHON, BUILD_AS_RAY_DOES, from_page], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*PYTHON, BUILD_AS_RAY_DOES, from_page], capture_output=True, text=True, timeout=180)
     assert done.returncode != 0
     assert "unknown field `kin` - at `$.config.groups[0].engine`" in done.stderr

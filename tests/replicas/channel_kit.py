@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import subprocess
 import sys
@@ -61,13 +62,17 @@ class Replica:
         self.engine = ScriptedEngine()
         self.records: list[UsageRecord] = []
         options = ServerOptions(
-            heartbeat_s=0.1, dead_after_s=0.8, handshake_s=0.3, max_handshakes=4, journal=self.records.extend
+            heartbeat_s=0.1, dead_after_s=0.8, handshake_s=10.0, max_handshakes=4, journal=self.records.extend
         )
         self.server = ChannelServer(self.engine, "replica-1", SECRET, options)
 
     @property
     def endpoint(self) -> str:
         return f"unix://{self.path}"
+
+    def hurry(self) -> None:
+        """Handshakes have little time from now on."""
+        self.server.options = dataclasses.replace(self.server.options, handshake_s=0.3)
 
     async def raw(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A connection without any manners, as a stranger would make it."""

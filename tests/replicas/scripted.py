@@ -132,7 +132,7 @@ def counting(num_tokens: int) -> Callable[[GenerateRequest], StepDelta | None]:
     return write
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
     """Waits until `condition()` is true; fails the test otherwise."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 any condition, not ours alone

@@ -143,9 +143,9 @@ async def test_a_slow_reader_delays_nobody_and_loses_nothing(unix: Pair) -> None
         unix.engine.step(write)
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-    fast_deltas = await asyncio.wait_for(fast, 5)  # `slow` was not read at all meanwhile
+    fast_deltas = await asyncio.wait_for(fast, 20)  # `slow` was not read at all meanwhile
     assert [t for d in fast_deltas for t in d.token_ids] == list(range(300))
-    slow_deltas = await asyncio.wait_for(read(slow), 5)
+    slow_deltas = await asyncio.wait_for(read(slow), 20)
     assert [t for d in slow_deltas for t in d.token_ids] == list(range(300))
     assert "".join(d.text for d in slow_deltas) == "".join(f"slow:{i} " for i in range(300))
     assert slow_deltas[-1].finish_reason == "length"
@@ -193,7 +193,8 @@ async def test_merged_deltas_keep_logprobs_and_the_fault(unix: Pair) -> None:
 
     for _ in range(3):
         unix.engine.step(write)
-        await asyncio.sleep(0.01)
+        (connection,) = unix.server._connections
+        await until(lambda connection=connection: next(iter(connection.streams.values())).paused)
     fault = Fault("deadline_exceeded", "too late")
     unix.engine.step(lambda r: StepDelta(r.request_id, finish_reason="error", fault=fault))
     deltas = await read(stream)

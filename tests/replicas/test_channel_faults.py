@@ -26,20 +26,22 @@ from tests.replicas.scripted import SECRET, counting, request, until
 
 
 async def test_a_replica_that_falls_silent_loses_the_link_within_its_time(tmp_path: Path) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         process = await run_replica(tmp_path)
         try:
             lost: list[ReplicaLink] = []
-            options = LinkOptions(heartbeat_s=0.1, dead_after_s=1.0, on_lost=lost.append)
+            options = LinkOptions(heartbeat_s=0.1, dead_after_s=3.0, on_lost=lost.append)
             link = await ReplicaLink.connect(f"unix://{tmp_path}/child.sock", SECRET, "ingress", options)
             stream = link.open(request("r"))
-            await asyncio.sleep(1.2)
+            await asyncio.sleep(3.3)
             assert link.alive, "an idle replica lives by its heartbeats"
+            heard_at = link.stats_at
+            await until(lambda: link.stats_at > heard_at)
             os.kill(process.pid, signal.SIGSTOP)
             began = time.monotonic()
             with pytest.raises(LinkLostError, match="no sign of life") as caught:
                 await anext(stream)
-            assert 0.7 < time.monotonic() - began < 5.0
+            assert 2.5 < time.monotonic() - began < 10.0
             assert caught.value.replica_id == "child"
             assert lost == [link]
             with pytest.raises(LinkLostError):
@@ -50,7 +52,7 @@ async def test_a_replica_that_falls_silent_loses_the_link_within_its_time(tmp_pa
 
 
 async def test_a_killed_replica_loses_every_stream_at_once(tmp_path: Path) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         process = await run_replica(tmp_path)
         options = LinkOptions(dead_after_s=60)
         link = await ReplicaLink.connect(f"unix://{tmp_path}/child.sock", SECRET, "ingress", options)

@@ -7,9 +7,10 @@ from itertools import count
 
 import pytest
 
-from replicas.channel.news import OFTEN_S, News
+from replicas.channel.news import News
 from replicas.contract import EngineFacts, EngineStats
 from replicas.credits import ACTIVE_S, ENDS_WINDOW_S, EndRate, Turns, with_credit
+from tests.replicas.scripted import until
 
 FACTS = EngineFacts(
     engine="sim", model="m", vocab_size=8, max_model_len=4096, block_size=16, num_blocks=100, max_num_seqs=8,
@@ -85,7 +86,8 @@ def test_nobody_waits_for_the_turn_of_one_that_sends_nothing() -> None:
     assert turns.of("busy", ACTIVE_S + 0.1) == 0
 
 
-async def test_news_is_told_once_soon_and_again_while_there_is_work() -> None:
+async def test_news_is_told_once_soon_and_again_while_there_is_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("replicas.channel.news.OFTEN_S", 1.5)
     told = count()
     num = 0
 
@@ -98,13 +100,14 @@ async def test_news_is_told_once_soon_and_again_while_there_is_work() -> None:
     news.within(0.005)
     news.within(0.5)
     news.within(0.001)
+    await until(lambda: num)
     await asyncio.sleep(0.02)
     assert num == 1, "all three are one"
-    await asyncio.sleep(3 * OFTEN_S)
-    assert num == 3, "and then there is nothing more to tell"
+    monkeypatch.setattr("replicas.channel.news.OFTEN_S", 0.02)
+    await until(lambda: num == 3)
     news.within(0.001)
     news.close()
     news.within(0.001)
     news.close()
-    await asyncio.sleep(0.02)
-    assert num == 3
+    await asyncio.sleep(0.1)
+    assert num == 3, "there is nothing more to tell"

@@ -75,7 +75,7 @@ def threaded(clock: Callable[[], float] = time.monotonic, **changes: object) -> 
 
 
 async def entered(gate: Gate) -> None:
-    assert await asyncio.to_thread(gate.entered.wait, 5)
+    assert await asyncio.to_thread(gate.entered.wait, 20)
 
 
 def test_the_prefill_rate_counts_chunks_by_their_size() -> None:
@@ -352,7 +352,7 @@ async def test_a_step_that_never_ends_is_death(monkeypatch: pytest.MonkeyPatch) 
     assert not engine.stalled
     now[0] += 0.2
     assert engine.stalled
-    await asyncio.wait_for(engine.drain(), 5)
+    await asyncio.wait_for(engine.drain(), 20)
     assert [(delta.finish_reason, delta.fault and delta.fault.code) for delta in deltas] == [("error", "engine_dead")]
     with pytest.raises(EngineDeadError, match=r"no progress for 30\.1 s"):
         engine.stats()

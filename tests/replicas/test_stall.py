@@ -61,8 +61,10 @@ def test_a_threads_cpu_clock_counts_its_own_work_alone() -> None:
     time.sleep(0.05)
     idle = thread_cpu_s(thread)
     go.set()
-    time.sleep(0.2)
+    end = time.monotonic() + 30.0
+    while thread_cpu_s(thread) - idle < 0.04 and time.monotonic() < end:
+        time.sleep(0.01)
     spun = thread_cpu_s(thread) - idle
     stop.set()
     thread.join()
-    assert idle < 0.04 < spun
+    assert idle < 0.04 <= spun

@@ -42,7 +42,7 @@ class Valkey:
         }
         command = [str(server_binary()), *(part for k, v in options.items() for part in (f"--{k}", v))]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        give_up = time.monotonic() + 10
+        give_up = time.monotonic() + 30
         while time.monotonic() < give_up:
             with contextlib.suppress(OSError):
                 if self.raw("PING") == b"+PONG\r\n":

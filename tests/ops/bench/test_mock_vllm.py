@@ -231,14 +231,14 @@ async def test_answer_id_is_the_callers_request_id() -> None:
 
 
 async def test_first_token_waits_for_ttft_and_the_headers_do_not() -> None:
-    async with mock(ttft_s=0.8, stop_after=2) as (_, client):
+    async with mock(ttft_s=2.0, stop_after=2) as (_, client):
         began = time.perf_counter()
         async with client.stream("POST", CHAT, json=HELLO | {"stream": True}) as answer:
             headers_s = time.perf_counter() - began
             body = await anext(aiter(answer.aiter_text()))
             first_s = time.perf_counter() - began
         assert "assistant" in body
-        assert headers_s < 0.75 <= first_s < 5
+        assert headers_s < 1.9 <= first_s < 12
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -246,29 +246,37 @@ async def test_tokens_are_an_interval_apart(stream: bool) -> None:
     async with mock(chunk_interval_s=0.04, stop_after=6) as (_, client):
         began = time.perf_counter()
         answer = await client.post(CHAT, json=HELLO | {"stream": stream})
-        assert 0.19 <= time.perf_counter() - began < 4
+        assert 0.19 <= time.perf_counter() - began < 10
         assert answer.text.count(" t5") == 1
 
 
 async def test_tokens_of_one_write_come_without_a_pause_between() -> None:
-    async with mock(chunk_interval_s=0.3, chunks_per_write=4, stop_after=8) as (_, client):
+    async with mock(chunk_interval_s=0.8, chunks_per_write=4, stop_after=8) as (_, client):
         began = time.perf_counter()
         events = events_of((await client.post(CHAT, json=HELLO | {"stream": True})).text)
-        assert 0.28 <= time.perf_counter() - began < 2  # one pause, where each token alone would take seven
+        assert 0.78 <= time.perf_counter() - began < 5  # one pause, where each token alone would take seven
         assert "".join(event["choices"][0]["delta"]["content"] for event in events) == text_of(8)
 
 
 async def test_streams_that_began_apart_wake_in_the_same_tick() -> None:
-    clock = StepClock(0.5)
-    early = asyncio.create_task(clock.wait())
-    await asyncio.sleep(0.1)
-    late = asyncio.create_task(clock.wait())
-    await early
+    clock, waits = StepClock(60.0), []
+    for _ in range(2):
+        waits.append(asyncio.create_task(clock.wait()))
+        await asyncio.sleep(0.01)
+    due = clock._last_s
+    clock._fire()
+    await asyncio.wait_for(asyncio.gather(*waits), 10)
+    after = asyncio.create_task(clock.wait())
     await asyncio.sleep(0)
-    assert late.done()
-    began = time.perf_counter()
-    await clock.wait()
-    assert 0.4 <= time.perf_counter() - began < 3
+    assert clock._last_s == due + 60.0, "counted from the tick, not from the waking"
+    after.cancel()
+
+
+async def test_a_tick_comes_by_itself_after_its_interval() -> None:
+    clock, began = StepClock(0.05), time.perf_counter()
+    for _ in range(2):
+        await asyncio.wait_for(clock.wait(), 10)
+    assert time.perf_counter() - began >= 0.09
 
 
 async def test_first_requests_fail_and_the_next_succeeds() -> None:

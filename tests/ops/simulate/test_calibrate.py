@@ -89,7 +89,7 @@ class Server:
             return
         num_tokens = len(body["prompt"].split())
         await exchange.begin(200, b"text/event-stream")
-        await asyncio.sleep(num_tokens * 0.0001)
+        await asyncio.sleep(num_tokens * 0.0005)
         for _ in range(body["max_tokens"]):
             await exchange.write(event(choices=[{"text": "x"}]))
             await asyncio.sleep(0.001)

@@ -46,11 +46,11 @@ def test_the_best_profile_is_the_best_of_the_findings_and_loads(tmp_path: Path) 
     words = [
         str(profile),
         *LOAD,
-        *("--ttft-ms", "1200", "--tpot-ms", "1000"),
+        *("--requests", "20", "--ttft-ms", "2000", "--tpot-ms", "1000"),
         "--sweep",
         "max_num_seqs=8",
         "--minutes",
-        "3",
+        "10",
         "--out",
         str(out),
     ]
@@ -74,10 +74,10 @@ def test_the_best_profile_is_the_best_of_the_findings_and_loads(tmp_path: Path) 
     in_time = {
         run["rate"]: run["values"]["max_num_seqs"]
         for run in runs
-        if run["rate"] and sum(t is not None and t[0] <= 1.2 for t in run["timings"]) >= 0.95 * len(run["timings"])
+        if run["rate"] and sum(t is not None and t[0] <= 2.0 for t in run["timings"]) >= 0.95 * len(run["timings"])
     }
     assert in_time[max(in_time)] == 8 and max(in_time) == engine["best"]["requests_per_s"]
-    assert all(run["num_prompt_tokens"] == 12 * 96 and run["num_output_tokens"] == 12 * 4 for run in runs)
+    assert all(run["num_prompt_tokens"] == 20 * 96 and run["num_output_tokens"] == 20 * 4 for run in runs)
     report = (out / "report.md").read_text()
     assert "a difference, as far as one look tells" in report
     assert "max_num_seqs=8" in report and "counted by the replicas: 96.0 tokens a prompt" in report

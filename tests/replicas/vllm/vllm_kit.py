@@ -86,7 +86,7 @@ def tokens_of(deltas: Sequence[StepDelta]) -> tuple[int, ...]:
     return tuple(token for delta in deltas for token in delta.token_ids)
 
 
-async def eventually(holds: Any, limit_s: float = 10.0) -> None:
+async def eventually(holds: Any, limit_s: float = 60.0) -> None:
     async with asyncio.timeout(limit_s):
         while not holds():  # noqa: ASYNC110
             await asyncio.sleep(0.02)

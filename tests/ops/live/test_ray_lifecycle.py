@@ -51,7 +51,7 @@ def test_an_instance_beside_another_drains_at_sigterm_and_leaves_no_process(stac
         received += payloads
     assert received[-1] == "[DONE]"
     assert len(text_of(received)) >= 90
-    assert other.process.wait(30) == 0
+    assert other.process.wait(90) == 0
     assert left(family) == []
     assert not Path(f"/tmp/wg-{os.getuid()}/ray-{other.port}").exists()
     assert left(before) == left(stack.family())
@@ -68,7 +68,7 @@ def test_a_stream_longer_than_the_drain_ends_in_an_error_event(second):
         received = list(payloads)
     assert "[DONE]" not in received
     assert json.loads(received[-1])["error"]["code"] == "replica_lost"
-    assert other.process.wait(30) == 0
+    assert other.process.wait(90) == 0
 
 
 def test_nothing_outlives_a_supervisor_that_was_killed(second):
@@ -77,7 +77,7 @@ def test_nothing_outlives_a_supervisor_that_was_killed(second):
     family = other.family()
     assert len(family) >= 10
     other.process.kill()
-    assert eventually(lambda: left(family) == [], limit_s=10), left(family)
+    assert eventually(lambda: left(family) == [], limit_s=30), left(family)
 
 
 @pytest.mark.slow
@@ -104,7 +104,7 @@ def test_ctrl_c_while_ray_starts_stops_what_has_started(second):
     assert eventually(lambda: other.named("raylet") != [], limit_s=60)
     family = other.family()
     other.interrupt_group()
-    assert other.process.wait(30) == 0
+    assert other.process.wait(90) == 0
     assert left(family) == []
 
 
