@@ -64,9 +64,9 @@ def test_a_client_that_leaves_frees_its_blocks(stack: Stack) -> None:
         lines = response.iter_lines()
         for _ in range(6):
             next(lines)
-        wait_until(lambda: sum(samples(stack, "warmgate_replica_free_kv_blocks")) < free, 30)
-    wait_until(lambda: sum(samples(stack, "warmgate_replica_running")) == 0, 30)
-    wait_until(lambda: sum(samples(stack, "warmgate_replica_free_kv_blocks")) == free, 30)
+        wait_until(lambda: sum(samples(stack, "warmgate_replica_free_kv_blocks")) < free, 15)
+    wait_until(lambda: sum(samples(stack, "warmgate_replica_running")) == 0, 15)
+    wait_until(lambda: sum(samples(stack, "warmgate_replica_free_kv_blocks")) == free, 15)
 
 
 def test_both_ingress_replicas_answer_alike(stack: Stack, client: openai.OpenAI) -> None:
@@ -82,6 +82,7 @@ def test_both_ingress_replicas_answer_alike(stack: Stack, client: openai.OpenAI)
     assert len({ingress for ingress, _ in seen}) == 2
 
 
+@pytest.mark.timeout(600)
 def test_a_replica_killed_in_mid_stream_ends_in_an_error_event(stack: Stack) -> None:
     victims = stack.replica_pids("smollm2")
     assert len(victims) == 2
@@ -109,6 +110,7 @@ def pid_of(stack: Stack, replica: str) -> int:
     raise AssertionError(f"{replica} is not in the metrics")
 
 
+@pytest.mark.timeout(600)
 def test_no_request_fails_when_a_replica_dies_before_its_first_token(stack: Stack, client: openai.OpenAI) -> None:
     wait_until(lambda: samples(stack, "warmgate_replicas_ready") == [2.0], 240)
     victim = stack.replica_pids("smollm2")[0]

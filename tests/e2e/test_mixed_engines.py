@@ -18,6 +18,7 @@ import pytest
 
 from tests.e2e.conftest import MODEL, Stack, start_stack
 from tests.e2e.test_failures import long_stream, pid_of, samples, wait_until
+from tests.replicas.vllm.vllm_kit import is_alive
 
 pytestmark = [
     pytest.mark.ray,
@@ -118,7 +119,7 @@ def kill_in_mid_stream(stack: Stack, victim: str) -> int:
         rest = list(lines)
     assert time.monotonic() - killed < 5
     assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] in ("replica_lost", "engine_dead")
-    wait_until(lambda: not any(process.is_running() and process.status() != "zombie" for process in family), 30)
+    wait_until(lambda: not any(map(is_alive, family)), 30)
     asked = {"model": MODEL, "prompt": "One, two,", "max_tokens": 2}
     answer = httpx.post(f"{stack.url}/v1/completions", json=asked, timeout=60)
     assert answer.status_code == 200 and answer.headers["x-warmgate-replica"].startswith("native")

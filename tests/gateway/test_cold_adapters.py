@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from configs.schema import AdapterConfig, Config, EngineConfig, ModelConfig, RedisConfig, TenantConfig
+from configs.schema import AdapterConfig, Config, EngineConfig, ModelConfig, TenantConfig
 from gateway.cold import too_late
 from gateway.errors import AdapterLoadingError
 from gateway.types import Job, Tenant
@@ -26,7 +26,7 @@ __all__ = ["valkey", "world"]
 
 HASTY, PATIENT = ({"authorization": f"Bearer sk-{name}"} for name in ("hasty", "patient"))
 GREEDY = SamplingParams(max_tokens=1, seed=0)
-SLOW = engine(adapter_load_s=2.1, max_adapters=2)
+SLOW = engine(adapter_load_s=2.3, max_adapters=2)
 
 
 def slow_profile(valkey: Valkey) -> Config:
@@ -97,7 +97,7 @@ async def test_metrics_and_books_say_what_loads_took_and_who_paid(slow: Stack) -
     text = (await slow.client.get("/metrics")).text
     found = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("warmgate_adapter"))
     assert found[_loads(found)] == "3.0"
-    assert float(found['warmgate_adapter_wait_seconds_total{model="m",tenant="patient"}']) > 4.0
+    assert float(found['warmgate_adapter_wait_seconds_total{model="m",tenant="patient"}']) > 3.0
     assert found['warmgate_adapter_cold_requests_total{model="m",tenant="patient"}'] == "2.0"
     assert found['warmgate_adapter_cold_requests_total{model="m",tenant="acme"}'] == "2.0"
     assert any(name.startswith("warmgate_adapter_evictions_total") and v == "1.0" for name, v in found.items())
@@ -107,7 +107,7 @@ async def test_metrics_and_books_say_what_loads_took_and_who_paid(slow: Stack) -
     await slow.composed.gateway.ledger.close()
     lines = (slow.runtime.run_dir / "usage.jsonl").read_text().splitlines()
     waits = [msgspec.json.decode(line)["adapter_wait_s"] for line in lines]
-    assert sorted(wait > 2.0 for wait in waits) == [False, True, True, True, True]
+    assert sorted(wait > 1.0 for wait in waits) == [False, True, True, True, True]
 
 
 def _loads(found: dict[str, str]) -> str:
@@ -143,8 +143,7 @@ async def finishes(stack: Stack, name: str, count: int) -> Any:
 
 
 async def test_what_is_removed_drains_and_then_leaves_its_slot(valkey: Valkey, world: World) -> None:
-    config = msgspec.structs.replace(profile(world), redis=RedisConfig(timeout_s=5.0))  # the engine shares this process
-    async with running(config, valkey) as stack:
+    async with running(profile(world), valkey) as stack:
         await host(stack)
         for name in ("a", "b"):
             assert (await load(stack, f"x{name}", world.adapters[name]))[0] == 200

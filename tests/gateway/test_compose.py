@@ -269,7 +269,7 @@ async def test_a_replica_killed_later_is_an_error_event_soon(stack: Stack) -> No
 
 
 async def test_a_replica_that_freezes_is_as_good_as_dead(valkey: Valkey) -> None:
-    hasty = ChannelConfig(heartbeat_s=0.2, dead_after_s=1.0)
+    hasty = ChannelConfig(heartbeat_s=0.2, dead_after_s=2.0)
     async with running(msgspec.structs.replace(one_model(), channel=hasty), valkey) as stack:
         await stack.replica("a", step_s=0.05)
         await stack.replica("b", step_s=0.05)
@@ -282,7 +282,7 @@ async def test_a_replica_that_freezes_is_as_good_as_dead(valkey: Valkey) -> None
                 if len(seen) == 5:
                     stack.processes[stack.busiest].send_signal(signal.SIGSTOP)
                     frozen_at = time.monotonic()
-        assert time.monotonic() - frozen_at < 5.0
+        assert time.monotonic() - frozen_at < 6.0
         assert seen[-1]["error"]["code"] == "replica_lost"
         assert await text_of(stack, max_tokens=3)
 

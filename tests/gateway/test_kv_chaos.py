@@ -131,7 +131,7 @@ async def restart_replica(cluster: Cluster) -> None:
 
 async def restart_ingress(cluster: Cluster) -> None:
     """The new one knows what its siblings know within a second of its beginning, once they know all themselves: beside
-    all that goes on here, which takes the processor too, within three more."""
+    all that goes on here, which takes the processor too, within four."""
     await until(lambda: not any(ingress.fleet.index.guessed for ingress in cluster.ingresses), 5.0)
     async with asyncio.timeout(5.0):  # Redis, too, must have heard of all of them since it was emptied
         while len(await cluster.ingresses[0].watch.loads()) < 4:  # noqa: ASYNC110 a few polls

@@ -20,7 +20,9 @@ pieces = st.one_of(
     st.text(max_size=12),
 )
 texts = st.lists(pieces, max_size=24).map("".join).filter(lambda text: text.encode("utf-8", "ignore").decode() == text)
-many = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+many = settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 def whole(files: ModelFiles, text: str) -> list[int]:

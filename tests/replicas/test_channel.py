@@ -181,6 +181,7 @@ async def test_merged_deltas_keep_logprobs_and_the_fault(unix: Pair) -> None:
     link = await unix.link(options=LinkOptions(high_water=0, low_water=0))
     stream = link.open(request("r"))
     await until(lambda: unix.engine.open)
+    (connection,) = unix.server._connections
     n = 0
 
     def write(r: object) -> StepDelta:
@@ -193,8 +194,7 @@ async def test_merged_deltas_keep_logprobs_and_the_fault(unix: Pair) -> None:
 
     for _ in range(3):
         unix.engine.step(write)
-        (connection,) = unix.server._connections
-        await until(lambda connection=connection: next(iter(connection.streams.values())).paused)
+        await until(lambda: next(iter(connection.streams.values())).paused)
     fault = Fault("deadline_exceeded", "too late")
     unix.engine.step(lambda r: StepDelta(r.request_id, finish_reason="error", fault=fault))
     deltas = await read(stream)

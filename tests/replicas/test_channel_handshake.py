@@ -47,7 +47,7 @@ async def greeting(reader: asyncio.StreamReader) -> Challenge | Welcome | Refusa
     return decode_greeting(await reader.readexactly(num_bytes))
 
 
-async def is_dropped(reader: asyncio.StreamReader, within_s: float = 10.0) -> bool:
+async def is_dropped(reader: asyncio.StreamReader, within_s: float = 5.0) -> bool:
     """Whether the other side ends the connection (what it still says is skipped)."""
     async with asyncio.timeout(within_s):
         try:
@@ -143,7 +143,7 @@ async def test_requests_before_the_handshake_never_reach_the_engine(replica: Rep
 async def test_an_oversized_frame_before_authentication_ends_at_its_header(replica: Replica, claim: int) -> None:
     reader, writer = await replica.raw()
     writer.write(HEADER.pack(claim))  # and not one byte of it
-    assert await is_dropped(reader, 5.0), "dropped for the claim, not by the handshake's timeout"
+    assert await is_dropped(reader), "dropped for the claim, not by the handshake's timeout"
     await replica.still_serves()
     writer.close()
 

@@ -119,5 +119,5 @@ class Ingress:
         return True
 
 
-def fast_store(url: str, cluster: str = "test") -> Store:
+def store_for(url: str, cluster: str = "test") -> Store:
     return Store(url, cluster, StoreOptions(timeout_s=2.0, max_failures=3, open_s=0.1))

@@ -12,14 +12,14 @@ import pytest
 from routing.index import EXPECT_S
 from routing.store import Command, Reply, Store, StoreError, StoreUnavailableError
 from tests.routing.conftest import Valkey
-from tests.routing.kv_kit import Ingress, Replica, fast_store, hashes, prompt
+from tests.routing.kv_kit import Ingress, Replica, hashes, prompt, store_for
 
 P = [prompt(i) for i in range(10)]
 
 
 @pytest.fixture
 async def store(valkey: Valkey) -> AsyncIterator[Store]:
-    store = fast_store(valkey.url)
+    store = store_for(valkey.url)
     yield store
     await store.close()
 
@@ -27,7 +27,7 @@ async def store(valkey: Valkey) -> AsyncIterator[Store]:
 @pytest.fixture
 async def other(valkey: Valkey) -> AsyncIterator[Store]:
     """Another cluster on the same Redis."""
-    store = fast_store(valkey.url, "other")
+    store = store_for(valkey.url, "other")
     yield store
     await store.close()
 

@@ -47,7 +47,7 @@ async def test_one_holds_it_and_another_takes_over_when_it_is_given_back(store: 
 
 
 async def test_a_holder_that_falls_silent_counts_itself_out_before_another_can_hold(store: Store) -> None:
-    one, two = (Lease(store, "x", name, QUICK) for name in ("one", "two"))
+    one, two = Lease(store, "x", "one", QUICK), Lease(store, "x", "two", LeaseOptions(ttl_s=30.0))
     await one.try_to_hold()
     while not two.held:
         await two.try_to_hold()

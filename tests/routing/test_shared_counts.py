@@ -369,7 +369,9 @@ async def test_who_may_not_read_deletes_nothing(pair: Pair) -> None:
     assert pair.valkey.raw("HLEN", pair.key) == b":2\r\n"
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     history=st.lists(
         st.one_of(

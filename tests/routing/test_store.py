@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import signal
 import socket
@@ -137,6 +138,7 @@ async def test_a_frozen_server_costs_its_timeout_a_few_times_and_then_nothing(va
     finally:
         valkey.signal(signal.SIGCONT)
     now = 1.05
+    store.options = dataclasses.replace(store.options, timeout_s=2.0)  # who was frozen may take a moment
     # Late replies to the calls that timed out must not be taken for replies to these.
     assert [await store.execute("INCRBY", "n", 1) for _ in range(3)] == [1, 2, 3]
     assert await store.execute("GET", "k") == b"mine"
@@ -309,10 +311,9 @@ async def test_pollers_of_one_store_wake_together(store: Store, monkeypatch: pyt
 
     monkeypatch.setattr(asyncio, "sleep", noted)
     for period_s in (0.1, 0.1, 0.2):
-        began = now()
         await sleep(0.013)
         await store.beat(period_s)
-        assert now() - began > 0.02
+        assert now() > planned[-1] - 0.002
     first, second, third = (moment / 0.1 for moment in planned)
     assert second - first == pytest.approx(round(second - first), abs=0.1), "multiples of a period, whoever it was"
     assert third - second == pytest.approx(round(third - second), abs=0.1)

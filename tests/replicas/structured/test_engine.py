@@ -240,9 +240,10 @@ def chain(length: int) -> GrammarSource:
 
 
 async def test_others_go_on_while_a_grammar_is_being_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    others, check = threading.Event(), GrammarGuard.check
+    trying, others, check = threading.Event(), threading.Event(), GrammarGuard.check
 
     def takes_long(guard: GrammarGuard, source: GrammarSource) -> str:
+        trying.set()
         assert others.wait(60)
         return check(guard, source)
 
@@ -255,10 +256,12 @@ async def test_others_go_on_while_a_grammar_is_being_tried(monkeypatch: pytest.M
             ended.append(name)
 
         slow = asyncio.create_task(ask("slow", schema(type="integer")))
-        await asyncio.sleep(0)
-        await asyncio.gather(*(ask(f"r{i}", None) for i in range(8)))
-        assert "slow" not in ended
-        others.set()
+        try:
+            assert await asyncio.to_thread(trying.wait, 30)
+            await asyncio.gather(*(ask(f"r{i}", None) for i in range(8)))
+            assert "slow" not in ended
+        finally:
+            others.set()
         await slow
 
 

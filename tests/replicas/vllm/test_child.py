@@ -102,7 +102,7 @@ def test_vllm_finds_the_plugin() -> None:
 
 @linux
 @NEEDED
-@pytest.mark.slow  # tests/e2e/test_mixed_engines.py kills a replica of a whole stack
+@pytest.mark.slow  # test_engine.py looks whether the engine core watches
 @pytest.mark.vllm
 @pytest.mark.model
 @pytest.mark.timeout(300)

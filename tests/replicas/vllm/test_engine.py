@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -36,6 +37,7 @@ from tests.replicas.vllm.vllm_kit import (
     eventually,
     tokenizer_of,
     tokens_of,
+    watched_by,
 )
 
 pytestmark = [*MARKS, NEEDED]
@@ -174,7 +176,7 @@ async def test_an_abort_frees_the_blocks(driver: Driver) -> None:
     engine.abort(request.request_id)
     deltas = await driver.end_of(request.request_id)
     assert deltas[-1].finish_reason == "abort"
-    await eventually(lambda: engine.stats().num_free_blocks == before)
+    await eventually(lambda: engine.stats().num_free_blocks == before, 10.0)  # to its end it would take longer
     num_deltas = len(deltas)
     await asyncio.sleep(0.3)
     assert len(driver.deltas[request.request_id]) == num_deltas
@@ -301,6 +303,12 @@ async def test_requests_in_one_step_come_in_one_call(driver: Driver) -> None:
         driver.engine._sink = take
     assert max(calls) == 4
     assert list(itertools.accumulate(calls))[-1] == 4 * 12
+
+
+async def test_the_engine_core_watches_its_replica(driver: Driver) -> None:
+    """With which it ends: test_child.py kills one."""
+    core = next(p for p in driver.engine._launched.processes if "EngineC" in " ".join([p.name(), *p.cmdline()]))
+    assert os.getpid() in watched_by(core.pid)
 
 
 async def test_a_killed_engine_core_is_found_out(driver: Driver) -> None:

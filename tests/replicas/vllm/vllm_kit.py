@@ -126,3 +126,9 @@ def is_alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def watched_by(pid: int) -> set[int]:
+    """The processes whose end a process waits for, by its descriptors (Linux)."""
+    lines = [line for info in Path(f"/proc/{pid}/fdinfo").iterdir() for line in info.read_text().splitlines()]
+    return {int(line.removeprefix("Pid:")) for line in lines if line.startswith("Pid:")}
