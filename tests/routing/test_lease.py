@@ -40,6 +40,8 @@ async def test_one_holds_it_and_another_takes_over_when_it_is_given_back(store: 
         ends = one._until
         await until(lambda ends=ends: one._until > ends)  # it is renewed
         assert one.held and not two.held
+    left_ms = await store.execute("PTTL", store.keys("lease", "x"))
+    assert isinstance(left_ms, int) and left_ms > 1600, "of 3,000, half of which have passed since it was first held"
     await one.close()
     assert not one.held
     await until(lambda: two.held)
